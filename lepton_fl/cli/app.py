@@ -1,0 +1,651 @@
+"""The commands. Each is short: it reads files, calls the library, prints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import webbrowser
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lepton_fl import __version__
+from lepton_fl.cli.terminal import (
+    INTERRUPTED,
+    Commands,
+    fail,
+    make_writable,
+    numbers,
+    print_json,
+    print_table,
+    say,
+)
+from lepton_fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lepton_fl.data import Table
+    from lepton_fl.results import Interval, Results
+    from lepton_fl.simulation import Plan
+    from lepton_fl.study import Study
+
+QUICKSTART_SEEDS = 3
+QUICKSTART_CURVE = (0.1, 0.3, 1.0, 3.0)
+QUICKSTART_BUDGET = 2.0
+"""Epsilon that each hospital of the quickstart allows in all: a few runs, and then no more."""
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Federated learning for institutions that may not show a record.\n\n"
+    "Begin with `lepton-fl quickstart heart`: four hospitals train one model. Then "
+    "`lepton-fl init DIR --template fraud`, `lepton-fl plan`, `lepton-fl simulate`.\n\n"
+    "Exit codes: 0 fine, 2 usage, 3 configuration or data refused, 4 privacy budget or policy refused, "
+    "5 connection or identity, 6 too few sites, 7 verification failed, 130 interrupted.",
+)
+data_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Check a site's table.")
+budget_app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    help="The privacy budget of a site: spent, left, and what would fit.",
+)
+study_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Show and approve studies at a site.")
+app.add_typer(data_app, name="data")
+app.add_typer(budget_app, name="budget")
+app.add_typer(study_app, name="study")
+
+
+class Template(StrEnum):
+    diagnosis = "diagnosis"
+    fraud = "fraud"
+    credit = "credit"
+
+
+class Engine(StrEnum):
+    process = "process"
+
+
+class Format(StrEnum):
+    html = "html"
+    json = "json"
+    md = "md"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+StudyFile = Annotated[Path, typer.Argument(help="study.toml", metavar="STUDY")]
+Open = Annotated[bool, typer.Option("--open", help="Open the report in a browser.")]
+SiteFile = Annotated[Path, typer.Option("-c", "--config", help="site.toml of this institution.")]
+
+
+def main() -> None:
+    """Entry point of `lepton-fl`."""
+    # Small matrices are slower on two threads than on one; before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"lepton-fl {__version__}")
+        raise typer.Exit
+
+
+# quickstart, init, plan
+
+
+@app.command()
+def quickstart(
+    name: Annotated[
+        str, typer.Argument(help="heart: four real hospitals. cancer: one table, cut.")
+    ] = "heart",
+    sites: Annotated[
+        int | None,
+        typer.Option(help="Cut the data into so many equal sites instead of natural ones."),
+    ] = None,
+    epsilon: Annotated[float, typer.Option(help="Epsilon of the study, per record, at each site.")] = 1.0,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder",
+            help="Where the study, the sites' policies and ledgers and the runs are kept "
+            "[default: lepton-quickstart/NAME].",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the charged run.", min=0)] = 0,
+    open_report: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Train one model over real hospitals, privately, and compare it with each one's own.
+
+    Run it again and again: every run is charged to the same hospitals' privacy ledgers, and when
+    their budget is spent they refuse (exit 4). Edit study.toml and the policies and see what changes.
+    """
+    from lepton_fl.cli.texts import policy_text, study_text
+    from lepton_fl.config import parse, read_toml
+    from lepton_fl.data import dataset
+    from lepton_fl.files import write_atomic
+    from lepton_fl.study import Study, load_study
+
+    known = dataset(name)
+    home = make_writable(folder or Path("lepton-quickstart") / name)
+    study_file = home / "study.toml"
+    if not study_file.exists():
+        write_atomic(study_file, study_text(name, epsilon=epsilon).encode())
+    study = load_study(study_file)
+    if study.privacy.epsilon != epsilon:
+        changed = read_toml(study_file)
+        changed["privacy"]["epsilon"] = epsilon
+        study = parse(Study, changed, file=str(study_file))
+    how = "natural" if sites is None and known.natural_sites else "iid"
+    tables = _tables(study, dataset_name=name, data=None, sites=sites or 4, how=how, seed=seed)
+    policies = home / "sites"
+    for site in tables:
+        policy = make_writable(policies / site) / "policy.toml"
+        if not policy.exists():
+            text = policy_text(
+                data_id=f"{site}-{known.target}",
+                epsilon_total=QUICKSTART_BUDGET,
+                epsilon_per_study=QUICKSTART_BUDGET,
+                delta_total=study.privacy.delta or 1e-3,
+                secure_aggregation=False,
+                min_rows=20,
+                min_positives=5,
+                approval="auto",
+            )
+            write_atomic(policy, text.encode())
+    say(f"{known.title} ({known.licence})")
+    say(f"study {study_file}, policies and ledgers {policies}")
+    from lepton_fl.simulation import Plan
+
+    plan = Plan(
+        study=study,
+        tables=tables,
+        out=make_writable(_next_run(home / "runs")),
+        policies=policies,
+        seeds=tuple(range(seed, seed + QUICKSTART_SEEDS)),
+        curve=QUICKSTART_CURVE,
+        command=_command(),
+    )
+    _run(plan, as_json=as_json, open_report=open_report)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to write into; made where absent.", metavar="DIR")],
+    template: Annotated[Template, typer.Option(help="Which study to begin with.")] = Template.diagnosis,
+) -> None:
+    """Write a commented study.toml, site.toml and policy.toml to begin with."""
+    from lepton_fl.cli.texts import STUDIES, policy_text, site_text, study_text
+    from lepton_fl.files import write_atomic
+
+    texts = {
+        "study.toml": study_text(STUDIES[template.value], epsilon=3.0),
+        "site.toml": site_text(),
+        "policy.toml": policy_text(
+            data_id="records-2026",
+            epsilon_total=10.0,
+            epsilon_per_study=3.0,
+            delta_total=1e-3 if template is Template.diagnosis else 1e-5,
+            secure_aggregation=False,
+            min_rows=100,
+            min_positives=20,
+            approval="manual",
+        ),
+    }
+    make_writable(folder)
+    if there := [name for name in texts if (folder / name).exists()]:
+        raise ConfigError(f"{folder / there[0]}: exists, and is not overwritten", fix="name another folder")
+    for name, text in texts.items():
+        write_atomic(folder / name, text.encode())
+        say(f"wrote {folder / name}")
+    say(f"next: lepton-fl plan {folder / 'study.toml'} --sites 5000,20000,800")
+
+
+@app.command()
+def plan(
+    study_file: StudyFile,
+    epsilon: Annotated[str, typer.Option(help="Epsilons to compare, as 1,3,8 [default: the study's].")] = "",
+    sites: Annotated[str, typer.Option(help="Training units of each site, as 5000,20000,800.")] = "",
+    as_json: Json = False,
+) -> None:
+    """What a study would cost: noise, epsilon by round, bytes by round. Touches no data."""
+    from lepton_fl.cli.planning import plan_study
+    from lepton_fl.study import load_study
+
+    study = load_study(study_file)
+    units = [int(n) for n in numbers(sites, option="--sites")]
+    found = plan_study(study, numbers(epsilon, option="--epsilon"), units)
+    if as_json:
+        print_json(found.as_json())
+        return
+    found.print()
+
+
+# simulate, report
+
+
+@app.command()
+def simulate(
+    study_file: StudyFile,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of CSV files, one for each site; the file's name is the site's."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Bundled data instead: heart or cancer.")] = None,
+    sites: Annotated[int | None, typer.Option(help="Number of sites to cut one table into.", min=1)] = None,
+    split: Annotated[str | None, typer.Option(help="natural, iid, or dirichlet:ALPHA (label skew).")] = None,
+    compare: Annotated[
+        str, typer.Option(help="Arms, of local, pooled and federated.")
+    ] = "local,pooled,federated",
+    curve: Annotated[str, typer.Option(help="Epsilons to rehearse for the utility curve, as 0.3,1,3.")] = "",
+    seeds: Annotated[int, typer.Option(help="Seeds: one charged run, the others rehearse.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
+    policies: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of SITE/policy.toml and SITE/ledger.db that the run obeys and charges "
+            "[default: made for this run, in OUT/sites]."
+        ),
+    ] = None,
+    engine: Annotated[  # noqa: ARG001 - one engine so far; the flag is part of the contract with scripts
+        Engine, typer.Option(help="How the sites are run.")
+    ] = Engine.process,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run [default: runs/STUDY-N].")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from OUT's checkpoint, with the next round.")
+    ] = False,
+    open_report: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Run a study on one machine with the same server, agents, policies and ledgers as deployed.
+
+    Writes study.toml, results.json, report.html, model.safetensors and a checkpoint into OUT. The
+    same command with the same seed gives the same model.
+    """
+    from lepton_fl.study import load_study
+
+    study = load_study(study_file)
+    arms = _arms(compare)
+    curve_points = numbers(curve, option="--curve")
+    if (data is None) == (dataset is None):
+        raise typer.BadParameter("give exactly one of --data and --dataset")
+    folder = _run_folder(out, study.study.name, resume=resume)
+    how = split or ("natural" if sites is None else "iid")
+    tables = _tables(study, dataset_name=dataset, data=data, sites=sites, how=how, seed=seed)
+    from lepton_fl.simulation import Plan
+
+    plan = Plan(
+        study=study,
+        tables=tables,
+        out=make_writable(folder),
+        policies=policies,
+        seeds=tuple(range(seed, seed + seeds)),
+        compare=arms,
+        curve=curve_points,
+        resume=resume,
+        command=_command(),
+    )
+    _run(plan, as_json=as_json, open_report=open_report)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    form: Annotated[Format, typer.Option("--format", help="html, json or md.")] = Format.html,
+    open_report: Open = False,
+) -> None:
+    """Write the report of a run again, as one offline HTML file, JSON or Markdown."""
+    from lepton_fl.report import write_report
+    from lepton_fl.results import read_results
+
+    path = write_report(read_results(run / "results.json"), make_writable(run), form.value)
+    typer.echo(str(path))
+    if open_report:
+        webbrowser.open(path.resolve().as_uri())
+
+
+# data
+
+
+@data_app.command("check")
+def data_check(
+    config: SiteFile,
+    study_file: Annotated[Path, typer.Option("--study", help="study.toml to check against.")],
+    as_json: Json = False,
+) -> None:
+    """Check this site's table against a study. Prints counts, never a value; nothing leaves."""
+    from dataclasses import asdict
+
+    from lepton_fl.data import Contract, check_table, read_csv
+    from lepton_fl.site.config import load_site_config
+    from lepton_fl.study import load_study
+
+    site, study = load_site_config(config), load_study(study_file)
+    source = config.parent / site.data.source
+    contract = Contract.of(study)
+    batches = read_csv(source, contract, columns=site.data.columns, delimiter=site.data.delimiter)
+    found = check_table(contract, batches, source=str(source))
+    if as_json:
+        print_json(asdict(found))
+    else:
+        title = f"{source}: {found.rows} rows, {found.units} units, {found.positives} positive"
+        rows = [
+            (
+                c.column,
+                c.role,
+                str(c.cells),
+                str(c.missing),
+                str(c.unreadable + c.infinite),
+                str(c.out_of_range),
+                str(c.out_of_vocabulary),
+                "looks like an identifier" if c.distinct_ratio_flag else "",
+            )
+            for c in found.columns
+        ]
+        columns = (
+            "column",
+            "role",
+            "cells",
+            "missing",
+            "not numbers",
+            "out of range",
+            "unknown code",
+            "",
+        )
+        print_table(title, columns, rows, right=(2, 3, 4, 5, 6))
+    if not found.ok:
+        for problem in found.problems[1:]:
+            say(f"lepton-fl: {problem}")
+        fail(found.problems[0], 3)
+
+
+# budget
+
+
+@budget_app.command("show")
+def budget_show(
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(help="policy.toml, site.toml, or a folder that holds them.", metavar="[PATH]..."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="site.toml.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Spent and left of each site's privacy budget, over all studies on its data set."""
+    from lepton_fl.cli.budgets import budgets, show
+
+    found = budgets([*(places or []), *([config] if config else [])])
+    if as_json:
+        print_json([budget.as_json() for budget in found])
+    else:
+        show(found)
+
+
+@budget_app.command("history")
+def budget_history(
+    places: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...")] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="site.toml.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every charge of a site's ledger, oldest first, as events that any accountant can read."""
+    from lepton_fl.cli.budgets import budgets
+
+    found = budgets([*(places or []), *([config] if config else [])])
+    if as_json:
+        print_json([{"site": b.site, "charges": b.history()} for b in found])
+        return
+    names = (
+        "at",
+        "study_name",
+        "run",
+        "round",
+        "noise_multiplier",
+        "sampling_rate",
+        "steps",
+        "unit",
+    )
+    for budget in found:
+        rows = [[str(charge[name])[:32] for name in names] for charge in budget.history()]
+        print_table(f"{budget.site}: data set {budget.data_set}", names, rows)
+
+
+@budget_app.command("plan")
+def budget_plan(
+    study_file: StudyFile,
+    places: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...")] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="site.toml.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Would a run of this study fit? Spends nothing; exit 4 where it would not."""
+    from lepton_fl.cli.budgets import budgets, plan_run
+    from lepton_fl.study import load_study
+
+    study = load_study(study_file)
+    found = budgets([*(places or []), *([config] if config else [])])
+    plans = [plan_run(budget, study) for budget in found]
+    if as_json:
+        print_json([plan.as_json() for plan in plans])
+    else:
+        rows = [
+            (
+                p.site,
+                f"{p.before:.3f}",
+                f"{p.after:.3f}",
+                f"{p.allowed:g}",
+                "fits" if p.fits else "does not fit",
+            )
+            for p in plans
+        ]
+        title = f"{study.study.name}: epsilon per {study.privacy.unit}, before and after one run"
+        print_table(title, ("site", "spent", "after", "allowed", ""), rows, right=(1, 2, 3))
+    if refused := [plan for plan in plans if not plan.fits]:
+        fail(f"{refused[0].site}: {refused[0].reason}", 4)
+
+
+# study
+
+
+@study_app.command("show")
+def study_show(study_file: StudyFile, as_json: Json = False) -> None:
+    """What a study is, what would leave a site, and what it promises, in plain sentences."""
+    from lepton_fl.cli.planning import describe
+    from lepton_fl.study import load_study
+
+    found = describe(load_study(study_file))
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        typer.echo(f"{name.replace('_', ' ')}: {value}")
+
+
+@study_app.command("approve")
+def study_approve(
+    study_file: StudyFile,
+    config: SiteFile,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Approve a study at this site, for policies with `approval = "manual"`."""
+    from lepton_fl.cli.planning import describe
+    from lepton_fl.site.config import load_site_config
+    from lepton_fl.site.policy import Approvals
+    from lepton_fl.study import load_study
+
+    study, site = load_study(study_file), load_site_config(config)
+    found = describe(study)
+    for name in ("study", "purpose", "leaves_the_site", "promise"):
+        typer.echo(f"{name.replace('_', ' ')}: {found[name]}")
+    if not yes and not typer.confirm(f"Approve this study at {site.site.id}?", default=False):
+        fail("not approved", 4)
+    approvals = Approvals(make_writable(config.parent / site.site.state) / "approvals.jsonl")
+    approvals.add(study)
+    typer.echo(f"approved {study.id[:16]} in {approvals.path}")
+
+
+# Shared by quickstart and simulate.
+
+
+def _tables(
+    study: Study,
+    *,
+    dataset_name: str | None,
+    data: Path | None,
+    sites: int | None,
+    how: str,
+    seed: int,
+) -> dict[str, Table]:
+    """The sites' tables: natural ones, or one table cut as `how` says."""
+    import numpy as np
+
+    from lepton_fl.data import Contract, load_dataset, load_table, partition, pool, read_csv
+
+    contract = Contract.of(study)
+    if data is not None:
+        if not data.is_dir():
+            raise ConfigError(f"{data}: not a folder", fix="--data FOLDER with one CSV file for each site")
+        found = sorted(data.glob("*.csv"))
+        if not found:
+            raise ConfigError(f"{data}: holds no CSV file, one is expected for each site")
+        tables = {
+            path.stem: load_table(contract, read_csv(path, contract), source=str(path)) for path in found
+        }
+    else:
+        tables = load_dataset(dataset_name or "", contract)
+    if how == "natural":
+        return tables
+    if sites is None:
+        raise typer.BadParameter(f"--split {how} needs --sites")
+    whole = pool(list(tables.values()))
+    parts = partition(whole, how, sites, np.random.default_rng(seed))
+    width = len(str(sites))
+    return {f"site-{number:0{width}d}": part for number, part in enumerate(parts, start=1)}
+
+
+def _run(plan: Plan, *, as_json: bool, open_report: bool) -> None:
+    from lepton_fl.cli.display import display_for
+    from lepton_fl.privacy.guarantee import SIMULATED, SIMULATION_NOISE, Guarantee
+    from lepton_fl.report import write_report
+    from lepton_fl.simulation import simulate as run_simulation
+
+    _log_to(plan.out / "run.log")
+    say(Guarantee.of(plan.study).sentence())
+    with display_for(plan.study.task.metric, f"{SIMULATED}, {SIMULATION_NOISE}") as display:
+        results = run_simulation(plan, display)
+    path = write_report(results, plan.out, "html")
+    if as_json:
+        typer.echo(results.model_dump_json(indent=1))
+    else:
+        _summary(results, plan.out)
+    if open_report:
+        webbrowser.open(path.resolve().as_uri())
+    if results.status == "interrupted":
+        fail(
+            f"interrupted after {sum(1 for r in results.rounds if r.sites)} of {results.rounds_planned} "
+            f"rounds; partial results are in {plan.out}",
+            INTERRUPTED,
+        )
+    if results.status == "stopped":
+        fail(f"too few sites stayed: {results.verdict} Partial results are in {plan.out}", 6)
+
+
+def _summary(results: Results, folder: Path) -> None:
+    arms = {arm.arm: arm for arm in results.arms}
+    rows = []
+    for site in results.sites:
+        spent = "-" if site.epsilon_spent is None else f"{site.epsilon_spent:.2f} of {site.epsilon_allowed:g}"
+        rows.append(
+            (
+                site.site,
+                str(site.train_units),
+                *(_figure(arms[a].per_site.get(site.site)) if a in arms else "-" for a in _ARMS),
+                spent,
+                site.status,
+            )
+        )
+    rows.append(("mean", "", *(_figure(arms[a].mean) if a in arms else "-" for a in _ARMS), "", ""))
+    metric = results.metric.upper()
+    print_table(
+        f"{results.study_name}: {metric} on held-out records, {len(results.seeds)} seeds, 95 % intervals  "
+        f"[{', '.join(results.labels)}]",
+        ("site", "units", "own boosting", "federated", "pooled", "epsilon spent", ""),
+        rows,
+        right=(1,),
+    )
+    typer.echo(results.verdict)
+    typer.echo(_promise(results))
+    if results.model is not None:
+        typer.echo(f"model sha256 {results.model.sha256}")
+    typer.echo(f"report {folder / 'report.html'}   results {folder / 'results.json'}")
+
+
+_ARMS = ("local", "federated", "pooled")
+
+
+def _figure(value: Interval | None) -> str:
+    if value is None or value.mean is None:
+        return "not defined"
+    if value.low is None or value.high is None:
+        return f"{value.mean:.3f}"
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _promise(results: Results) -> str:
+    promise = results.promise
+    if promise.epsilon is None or promise.delta is None:
+        return "No privacy: no noise was added."
+    return (
+        f"Per {promise.unit}: epsilon {promise.epsilon:g}, delta {promise.delta:g}, against "
+        f"{promise.holds_against} ({', '.join(results.labels)})."
+    )
+
+
+def _arms(text: str) -> tuple:  # type: ignore[type-arg]
+    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    if not wanted or not set(wanted) <= set(_ARMS):
+        raise ConfigError.at("command line", "--compare", found=text, allowed=", ".join(_ARMS))
+    return tuple(wanted)
+
+
+def _run_folder(out: Path | None, name: str, *, resume: bool) -> Path:
+    if out is None:
+        if resume:
+            raise ConfigError("--resume needs the run to go on with", fix="--out RUN --resume")
+        return _next_run(Path("runs"), f"{name}-")
+    if (out / "results.json").exists() and not resume:
+        raise ConfigError(
+            f"{out}: holds a run already, and is not overwritten",
+            fix="name another folder with --out, or go on with --resume",
+        )
+    return out
+
+
+def _next_run(parent: Path, prefix: str = "") -> Path:
+    number = 1
+    while (parent / f"{prefix}{number}").exists():
+        number += 1
+    return parent / f"{prefix}{number}"
+
+
+def _command() -> str:
+    return shlex.join(["lepton-fl", *sys.argv[1:]])
+
+
+def _log_to(path: Path) -> None:
+    """The library's log goes to the run's folder: the terminal shows what a person must know."""
+    logger = logging.getLogger("lepton_fl")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,240 @@
+"""The privacy budgets of one site or many, read from their policies and ledgers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lepton_fl.cli.terminal import print_table
+from lepton_fl.config import read_toml
+from lepton_fl.errors import ConfigError, PolicyRefused
+from lepton_fl.privacy import Charge, Guarantee, Ledger
+from lepton_fl.privacy.ledger import Spent
+from lepton_fl.site.config import load_site_config
+from lepton_fl.site.policy import Policy, load_policy
+from lepton_fl.study import Study
+
+LEDGER = "ledger.db"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteBudget:
+    """One site's policy and where its ledger is."""
+
+    site: str
+    policy: Policy
+    policy_file: Path
+    ledger_file: Path
+
+    @property
+    def data_set(self) -> str:
+        return self.policy.data.id
+
+    @property
+    def allowed(self) -> float:
+        return self.policy.budget.epsilon_total
+
+    def ledger(self) -> Ledger:
+        """The site's ledger; where there is none yet, an empty one that is not written."""
+        return Ledger(self.ledger_file) if self.ledger_file.exists() else Ledger.for_rehearsal()
+
+    def spent(self) -> float:
+        """Epsilon at delta_total over all studies on the data set."""
+        ledger = self.ledger()
+        try:
+            return ledger.spent(self.data_set, self.policy.budget.delta_total)
+        finally:
+            ledger.close()
+
+    def studies(self) -> list[Spent]:
+        ledger = self.ledger()
+        try:
+            return ledger.studies(self.data_set)
+        finally:
+            ledger.close()
+
+    def history(self) -> list[dict[str, object]]:
+        ledger = self.ledger()
+        try:
+            return ledger.history(self.data_set)
+        finally:
+            ledger.close()
+
+    def as_json(self) -> dict[str, object]:
+        spent = self.spent()
+        return {
+            "site": self.site,
+            "data_set": self.data_set,
+            "units": list(self.policy.require.privacy_units),
+            "epsilon_spent": spent,
+            "epsilon_allowed": self.allowed,
+            "epsilon_left": max(0.0, self.allowed - spent),
+            "delta_total": self.policy.budget.delta_total,
+            "studies": [
+                {
+                    "study": s.study,
+                    "name": s.study_name,
+                    "epsilon": s.epsilon,
+                    "delta": s.delta,
+                    "runs": s.runs,
+                    "rounds": s.rounds,
+                    "last": s.last,
+                }
+                for s in self.studies()
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """Whether one more run fits at one site."""
+
+    site: str
+    before: float
+    after: float
+    allowed: float
+    fits: bool
+    reason: str
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "site": self.site,
+            "epsilon_before": self.before,
+            "epsilon_after": self.after,
+            "epsilon_allowed": self.allowed,
+            "fits": self.fits,
+            "reason": self.reason,
+        }
+
+
+def budgets(places: list[Path]) -> list[SiteBudget]:
+    """The budgets at `places`: a policy.toml, a site.toml, or a folder with one or with SITE/ folders.
+
+    Raises:
+        ConfigError: nothing is named, or there is no policy at a place.
+    """
+    if not places:
+        raise ConfigError(
+            "no site named", fix="lepton-fl budget show -c site.toml, or name a folder of policies"
+        )
+    return [budget for place in places for budget in _at(place)]
+
+
+def _at(place: Path) -> list[SiteBudget]:
+    if place.is_dir():
+        if (place / "site.toml").exists():
+            return [_of_site(place / "site.toml")]
+        if (place / "policy.toml").exists():
+            return [_of_policy(place / "policy.toml")]
+        found = sorted(place.glob("*/policy.toml"))
+        # A quickstart's or a run's folder keeps them one level further down.
+        found = found or sorted(place.glob("sites/*/policy.toml"))
+        if not found:
+            raise ConfigError(f"{place}: holds no policy.toml, nor SITE/policy.toml")
+        return [_of_policy(path) for path in found]
+    return [_of_site(place) if "site" in read_toml(place) else _of_policy(place)]
+
+
+def _of_policy(path: Path) -> SiteBudget:
+    return SiteBudget(
+        site=path.resolve().parent.name,
+        policy=load_policy(path),
+        policy_file=path,
+        ledger_file=path.parent / LEDGER,
+    )
+
+
+def _of_site(path: Path) -> SiteBudget:
+    site = load_site_config(path)
+    policy_file = path.parent / site.site.policy
+    return SiteBudget(
+        site=site.site.id,
+        policy=load_policy(policy_file),
+        policy_file=policy_file,
+        ledger_file=path.parent / site.site.state / LEDGER,
+    )
+
+
+def plan_run(budget: SiteBudget, study: Study) -> RunPlan:
+    """What one more run of `study` would cost at one site; spends nothing.
+
+    Raises:
+        ConfigError: the study adds no noise.
+    """
+    event = Guarantee.of(study).round_event
+    if event is None or study.privacy.delta is None:
+        raise ConfigError(f"study {study.study.name}: adds no noise, so no budget would cover it")
+    charge = Charge(
+        study=study.id,
+        study_name=study.study.name,
+        run="planned",
+        round=1,
+        event=event,
+        clip=study.privacy.clip,
+        unit=study.privacy.unit,
+        delta=study.privacy.delta,
+        fingerprint="",
+    )
+    rounds, limits = study.train.charged_rounds, budget.policy.budget
+    ledger = budget.ledger()
+    try:
+        before = ledger.spent(budget.data_set, limits.delta_total)
+        after = ledger.would_spend(charge, rounds=rounds, data_set=budget.data_set, delta=limits.delta_total)
+        reason = ""
+        try:
+            ledger.reserve(charge, rounds=rounds, budget=budget.policy.ledger_budget(str(budget.policy_file)))
+        except PolicyRefused as error:
+            reason = error.message
+    finally:
+        ledger.close()
+    return RunPlan(
+        site=budget.site,
+        before=before,
+        after=after,
+        allowed=limits.epsilon_total,
+        fits=not reason,
+        reason=reason,
+    )
+
+
+def show(found: list[SiteBudget]) -> None:
+    """Two tables: by site, and by study where anything was spent."""
+    rows, by_study = [], []
+    for budget in found:
+        spent = budget.spent()
+        rows.append(
+            (
+                budget.site,
+                budget.data_set,
+                f"{spent:.3f}",
+                f"{budget.allowed:g}",
+                f"{max(0.0, budget.allowed - spent):.3f}",
+                f"{budget.policy.budget.delta_total:g}",
+                ", ".join(budget.policy.require.privacy_units),
+            )
+        )
+        by_study += [
+            (
+                budget.site,
+                s.study_name,
+                s.study[:12],
+                f"{s.epsilon:.3f} at delta {s.delta:g}",
+                str(s.runs),
+                str(s.rounds),
+                s.last[:19],
+            )
+            for s in budget.studies()
+        ]
+    print_table(
+        "Privacy budget per unit, over all studies on each data set",
+        ("site", "data set", "epsilon spent", "allowed", "left", "delta", "unit"),
+        rows,
+        right=(2, 3, 4),
+    )
+    if by_study:
+        print_table(
+            "By study (composed, not summed)",
+            ("site", "study", "id", "epsilon", "runs", "rounds", "last"),
+            by_study,
+            right=(4, 5),
+        )

@@ -1,0 +1,157 @@
+"""How a simulation shows its progress: a live view in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from lepton_fl.cli.terminal import console, say
+from lepton_fl.results import RoundSummary
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+class RunDisplay(Protocol):
+    """A display that is entered for the time of a run."""
+
+    def __enter__(self) -> RunDisplay: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+    def stage(self, title: str, total: int) -> None: ...
+    def advance(self) -> None: ...
+    def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None: ...
+    def round(self, summary: RoundSummary, planned: int, allowed: float | None) -> None: ...
+
+
+def display_for(metric: str, labels: str) -> RunDisplay:
+    """The display that suits standard error."""
+    if console(stderr=True).is_terminal:
+        return _Live(metric, labels)
+    return _Lines(metric, labels)
+
+
+class _Lines:
+    """One line for each thing worth knowing."""
+
+    def __init__(self, metric: str, labels: str) -> None:
+        self._metric = metric
+        self._labels = labels
+
+    def __enter__(self) -> _Lines:
+        say(self._labels)
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def stage(self, title: str, total: int) -> None:
+        say(f"{title}: {total} steps")
+
+    def advance(self) -> None: ...
+
+    def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None:
+        say(f"sites: {', '.join(cohort)}")
+        for name, reason in sorted(refused.items()):
+            say(f"left out: {name}: {reason}")
+
+    def round(self, summary: RoundSummary, planned: int, allowed: float | None) -> None:
+        for name, reason in sorted(summary.dropped.items()):
+            say(f"round {summary.round}: dropped {name}: {reason}")
+        if summary.metric is not None:
+            say(
+                f"round {summary.round}/{planned}: {len(summary.sites)} sites, "
+                f"{self._metric} {summary.metric:.3f}, {_spent(summary.epsilon, allowed)}"
+            )
+
+
+class _Live:
+    """Progress bar, epsilon bar, the metric so far, and the sites."""
+
+    def __init__(self, metric: str, labels: str) -> None:
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        self._metric = metric
+        self._labels = labels
+        self._progress = Progress(
+            "[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        )
+        self._cohort: tuple[str, ...] = ()
+        self._out: dict[str, str] = {}
+        self._epsilon: tuple[float | None, float | None] = (None, None)
+        self._seen: list[float] = []
+        self._title = "before the first round"
+        self._live = Live(get_renderable=self._render, console=console(stderr=True), refresh_per_second=8)
+
+    def __enter__(self) -> _Live:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def stage(self, title: str, total: int) -> None:
+        for task in self._progress.tasks:
+            self._progress.update(task.id, completed=task.total)
+        self._progress.add_task(title, total=total)
+
+    def advance(self) -> None:
+        self._progress.advance(self._progress.task_ids[-1])
+
+    def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None:
+        self._cohort = cohort
+        self._out.update(refused)
+
+    def round(self, summary: RoundSummary, planned: int, allowed: float | None) -> None:
+        self._out.update(summary.dropped)
+        self._title = f"round {summary.round} of {planned}"
+        if summary.epsilon is not None:
+            self._epsilon = (summary.epsilon, allowed)
+        if summary.metric is not None:
+            self._seen.append(summary.metric)
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row("charged run", self._title)
+        spent, allowed = self._epsilon
+        if spent is not None and allowed is not None:
+            grid.add_row("epsilon", ProgressBar(total=allowed, completed=spent, width=40))
+            grid.add_row("", _spent(spent, allowed))
+        if self._seen:
+            shown = f"{_sparkline(self._seen)} {self._seen[-1]:.3f} on held-out records"
+            grid.add_row(self._metric, shown)
+        if self._cohort:
+            grid.add_row("sites", Text(", ".join(self._cohort)))
+        for name, reason in sorted(self._out.items()):
+            grid.add_row("left out", Text(f"{name}: {reason}", style="yellow"))
+        return Group(Text(self._labels, style="bold yellow"), self._progress, grid)
+
+
+def _spent(epsilon: float | None, allowed: float | None) -> str:
+    if epsilon is None or allowed is None:
+        return "no privacy"
+    return f"epsilon {epsilon:.2f} of {allowed:g}"
+
+
+def _sparkline(values: list[float], width: int = 40) -> str:
+    shown = values[-width:]
+    low, high = min(shown), max(shown)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[1 + int((v - low) * scale * 0.999)] if scale else _BLOCKS[4] for v in shown)

@@ -1,0 +1,186 @@
+"""What a study costs and says, from the study alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lepton_fl.cli.terminal import print_table
+from lepton_fl.data import Contract
+from lepton_fl.errors import ConfigError
+from lepton_fl.privacy import Guarantee, epsilon_by_step
+from lepton_fl.study import Study, check_delta, override
+from lepton_fl.tasks import build_model
+
+BYTES_PER_NUMBER = 4
+MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the rounds at which a plan states epsilon."""
+ENOUGH_SIGNAL = 3.0
+"""Signal over noise below which a site is called too small; see `_signal`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One epsilon of a plan."""
+
+    epsilon: float
+    noise_multiplier: float
+    by_round: dict[int, float]
+    """Epsilon after so many rounds."""
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyPlan:
+    """A plan, printable in two forms."""
+
+    study: Study
+    numbers: int
+    """Parameters that a site sends in each round."""
+    options: tuple[Option, ...]
+
+    @property
+    def bytes_per_round(self) -> int:
+        """Sent by, and to, one site in one round; messages add about 2 kB."""
+        return self.numbers * BYTES_PER_NUMBER
+
+    def as_json(self) -> dict[str, object]:
+        study = self.study
+        return {
+            "study": study.id,
+            "model": study.model_name,
+            "numbers_per_round": self.numbers,
+            "bytes_per_round_up": self.bytes_per_round,
+            "bytes_per_round_down": self.bytes_per_round,
+            "rounds": study.train.rounds,
+            "charged_rounds": study.train.charged_rounds,
+            "delta": study.privacy.delta,
+            "unit": study.privacy.unit,
+            "options": [
+                {
+                    "epsilon": o.epsilon,
+                    "noise_multiplier": o.noise_multiplier,
+                    "epsilon_by_round": o.by_round,
+                    "warnings": list(o.warnings),
+                }
+                for o in self.options
+            ],
+        }
+
+    def print(self) -> None:
+        study = self.study
+        delta = f"{study.privacy.delta:g}" if study.privacy.delta is not None else "-"
+        marks = sorted({r for o in self.options for r in o.by_round})
+        rows = [
+            (
+                f"{o.epsilon:g}",
+                f"{o.noise_multiplier:.4f}",
+                *(f"{o.by_round[r]:.3f}" for r in marks),
+            )
+            for o in self.options
+        ]
+        print_table(
+            f"{study.study.name} ({study.id[:12]}): {study.model_name}, {study.train.strategy}, "
+            f"{study.train.rounds} rounds (noise covers {study.train.charged_rounds}), "
+            f"delta {delta} per {study.privacy.unit}",
+            ("epsilon", "sigma", *(f"after {r} rounds" for r in marks)),
+            rows,
+            right=range(2 + len(marks)),
+        )
+        from typer import echo
+
+        echo(
+            f"each round: {self.numbers} numbers, {self.bytes_per_round:,} bytes up and as many down for "
+            f"each site (and about 2 kB of message); whole run "
+            f"{2 * self.bytes_per_round * study.train.rounds / 1e6:.2f} MB a site"
+        )
+        for option in self.options:
+            for warning in option.warnings:
+                echo(f"warning: at epsilon {option.epsilon:g}: {warning}")
+
+
+def plan_study(study: Study, epsilons: tuple[float, ...], units: list[int]) -> StudyPlan:
+    """Plan `study` at each of `epsilons` (its own if none) for sites of so many training units.
+
+    Raises:
+        ConfigError: the study adds no noise, or delta is not below one over the smallest site's units.
+    """
+    if study.privacy.epsilon is None or study.privacy.delta is None:
+        raise ConfigError(
+            f"study {study.study.name}: privacy.noise = 'none' has no epsilon to plan",
+            fix="set noise = 'local' with epsilon and delta",
+        )
+    if units:
+        check_delta(study, min(units), "the smallest of --sites")
+    numbers = parameters(study)
+    options = []
+    for epsilon in epsilons or (study.privacy.epsilon,):
+        guarantee = Guarantee.of(override(study, {"privacy.epsilon": epsilon}))
+        event = guarantee.round_event
+        if event is None:
+            raise ConfigError("study: adds no noise")
+        rounds = sorted({max(1, round(study.train.rounds * share)) for share in MARKS})
+        spent = epsilon_by_step(event, study.privacy.delta, [n * study.train.local_steps for n in rounds])
+        sigma = event.noise_multiplier
+        options.append(
+            Option(
+                epsilon=epsilon,
+                noise_multiplier=sigma,
+                by_round=dict(zip(rounds, spent, strict=True)),
+                warnings=tuple(_warnings(study, sigma, numbers, units)),
+            )
+        )
+    return StudyPlan(study=study, numbers=numbers, options=tuple(options))
+
+
+def _warnings(study: Study, sigma: float, numbers: int, units: list[int]) -> list[str]:
+    if not units:
+        return []
+    smallest = min(units)
+    signal = _signal(study, sigma, numbers, smallest)
+    if signal >= ENOUGH_SIGNAL:
+        return []
+    warning = (
+        f"a site of {smallest} units is too small: over the run its clipped gradients add up to at most "
+        f"{signal:.1f} times its own noise; take more rounds or units, a larger sample_rate, or shared noise"
+    )
+    return [warning]
+
+
+def _signal(study: Study, sigma: float, numbers: int, units: int) -> float:
+    """Largest possible signal of a site over the norm of its noise, both summed over the run.
+
+    T steps of q*n units clipped at C add up to T*q*n*C; the noise to sqrt(T*d)*sigma*C.
+    """
+    steps = study.train.rounds * study.train.local_steps
+    return math.sqrt(steps) * study.train.sample_rate * units / (sigma * math.sqrt(numbers))
+
+
+def parameters(study: Study) -> int:
+    """Numbers in the study's model."""
+    model = build_model(study, Contract.of(study).width, torch.Generator())
+    return sum(p.numel() for p in model.parameters())
+
+
+def describe(study: Study) -> dict[str, object]:
+    """The study in plain words, for `study show` and `study approve`."""
+    guarantee = Guarantee.of(study)
+    numbers = parameters(study)
+    secure = study.secure_aggregation
+    seen = (
+        f"only as a sum over at least {secure.min_sites} sites"
+        if secure.enabled
+        else "which the server sees for each site: secure aggregation is off"
+    )
+    return {
+        "study": study.study.name,
+        "id": study.id,
+        "purpose": study.study.purpose or "not stated",
+        "model": f"{study.model_name}, {numbers} numbers",
+        "training": f"{study.train.strategy}, {study.train.rounds} rounds, sample rate "
+        f"{study.train.sample_rate:g}",
+        "leaves_the_site": f"Each round releases {numbers} numbers, {seen}.",
+        "promise": guarantee.sentence(),
+    }

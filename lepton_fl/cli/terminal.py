@@ -1,0 +1,126 @@
+"""What every command shares: errors as one line with an exit code, tables, and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from lepton_fl.errors import ConfigError, LeptonError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+"""The shell's code for a program that was interrupted: 128 + SIGINT."""
+_DEBUG = "LEPTON_FL_DEBUG"
+
+
+class Commands(TyperGroup):
+    """A command group whose errors are one line each: never a traceback, always their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LeptonError as error:
+            fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            fail("interrupted", INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of our output went away; keep Python from saying so at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001 - the last resort: one line, and where to look
+            if os.environ.get(_DEBUG):
+                traceback.print_exc()
+            fail(
+                f"internal error: {type(error).__name__} (set {_DEBUG}=1 to see where; please report it)",
+                1,
+            )
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One plain line on standard error, and the exit code."""
+    line = " ".join(message.split())
+    sys.stderr.write(f"lepton-fl: {line}\n")
+    raise typer.Exit(code)
+
+
+def say(line: str) -> None:
+    """A plain line on standard error: progress and remarks, apart from a command's own output."""
+    sys.stderr.write(line + "\n")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that honours NO_COLOR and prints plain lines where there is no terminal."""
+    from rich.console import Console
+
+    plain = Console(stderr=stderr, highlight=False)
+    # Without a terminal there is no width to fit: a table is not cut at 80 columns.
+    return plain if plain.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()
+) -> None:
+    """A table on standard output; `right` are the columns to align right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+def print_json(value: object) -> None:
+    """`value` as JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def make_writable(folder: Path) -> Path:
+    """`folder`, made where absent.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot write here: {error.strerror}",
+            fix="name a writable folder with --out",
+        ) from None
+    return folder
+
+
+def numbers(text: str, *, option: str) -> tuple[float, ...]:
+    """`1,3,8` as numbers above zero; empty text is none.
+
+    Raises:
+        ConfigError: a part is no such number.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        found = (0.0,)
+    if any(not 0 < number < float("inf") for number in found):
+        raise ConfigError.at(
+            "command line", option, found=text, allowed="numbers above 0, separated by commas"
+        )
+    return found

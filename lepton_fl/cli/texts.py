@@ -1,0 +1,55 @@
+"""The commented files that `init` and `quickstart` write."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from lepton_fl.data import dataset
+
+STUDIES = {"diagnosis": "heart", "fraud": "fraud", "credit": "credit"}
+"""Template name to study file."""
+_COLUMNS_FROM = ("heart", "cancer")
+"""Studies on bundled data: their columns come with the data."""
+
+
+def study_text(name: str, *, epsilon: float) -> str:
+    """study.toml of a template or bundled data set."""
+    text = _read(f"{name}.study.toml").replace("{epsilon}", repr(epsilon))
+    return text + dataset(name).columns_toml if name in _COLUMNS_FROM else text
+
+
+def site_text() -> str:
+    """site.toml."""
+    return _read("site.toml")
+
+
+def policy_text(
+    *,
+    data_id: str,
+    epsilon_total: float,
+    epsilon_per_study: float,
+    delta_total: float,
+    secure_aggregation: bool,
+    min_rows: int,
+    min_positives: int,
+    approval: str,
+) -> str:
+    """policy.toml with the given limits."""
+    fields = {
+        "data_id": data_id,
+        "epsilon_total": repr(epsilon_total),
+        "epsilon_per_study": repr(epsilon_per_study),
+        "delta_total": repr(delta_total),
+        "secure_aggregation": str(secure_aggregation).lower(),
+        "min_rows": str(min_rows),
+        "min_positives": str(min_positives),
+        "approval": approval,
+    }
+    text = _read("policy.toml")
+    for name, value in fields.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def _read(name: str) -> str:
+    return (files("lepton_fl.cli") / "templates" / name).read_text(encoding="utf-8")

@@ -1,0 +1,28 @@
+"""A site's table: the schema contract, reading, checking, encoding and splitting."""
+
+from lepton_fl.data.bundled import DATASETS, Dataset, dataset, load_dataset
+from lepton_fl.data.cells import Batch
+from lepton_fl.data.contract import Contract
+from lepton_fl.data.findings import ColumnCheck
+from lepton_fl.data.read import batches, read_csv
+from lepton_fl.data.split import partition, split
+from lepton_fl.data.table import CheckReport, Table, check_table, load_table, pool
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "CheckReport",
+    "ColumnCheck",
+    "Contract",
+    "Dataset",
+    "Table",
+    "batches",
+    "check_table",
+    "dataset",
+    "load_dataset",
+    "load_table",
+    "partition",
+    "pool",
+    "read_csv",
+    "split",
+]

@@ -1,0 +1,176 @@
+"""A site's table, encoded and ready to train on, and the two ways to make or judge one.
+
+N = records, F = features, C = columns, U = units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_fl.data.cells import Batch
+from lepton_fl.data.contract import Contract
+from lepton_fl.data.findings import ColumnCheck, Findings, Rows
+from lepton_fl.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Table:
+    """Records of one site. Holds the institution's data: it never leaves the process."""
+
+    x_NF: NDArray[np.float32]
+    """Features, each in [-1, 1]."""
+    y_N: NDArray[np.float32]
+    """1 for positive, else 0."""
+    unit_N: NDArray[np.int64]
+    """Whose record it is: 0 to units - 1, in order of first appearance."""
+    units: int
+    time_N: NDArray[np.float64] | None
+    """Numbers as they came, or POSIX seconds; None where the study splits at random."""
+    raw_NC: NDArray[np.float64]
+    """Numbers as they came, codes as indices, NaN for missing: for trees, never federated."""
+    raw_categorical: tuple[bool, ...]
+    feature_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.y_N)
+
+    @property
+    def positives(self) -> int:
+        """Records with the positive label."""
+        return int(self.y_N.sum())
+
+    def subset(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Table:
+        """The records under a mask, or at these places in this order; units are numbered anew."""
+        unit_N, units = _renumbered(self.unit_N[which])
+        return Table(
+            x_NF=self.x_NF[which],
+            y_N=self.y_N[which],
+            unit_N=unit_N,
+            units=units,
+            time_N=None if self.time_N is None else self.time_N[which],
+            raw_NC=self.raw_NC[which],
+            raw_categorical=self.raw_categorical,
+            feature_names=self.feature_names,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over type, shape and bytes of x, y and unit: evidence of the version of the data.
+
+        Stays at the site: over so few possible tables a digest can be searched.
+        """
+        digest = hashlib.sha256(b"lepton-fl/table/1\n")
+        for array in (self.x_NF, self.y_N, self.unit_N):
+            little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+            digest.update(f"{little.dtype.str} {little.shape}\n".encode())
+            digest.update(little.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """What `data check` prints. Counts only, never a value."""
+
+    source: str
+    rows: int
+    units: int
+    positives: int
+    columns: tuple[ColumnCheck, ...]
+    problems: tuple[str, ...]
+    """Each as the line that a run would be refused with; empty where the table is fine."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run would accept the table."""
+        return not self.problems
+
+
+def load_table(contract: Contract, batches: Iterable[Batch], *, source: str) -> Table:
+    """Encode a table, batch by batch. `source` names it in errors.
+
+    Raises:
+        DataError: no rows; cells that are not numbers or infinite; missing features where the study
+            refuses them; a missing target, unit or time; a time that is none; more than a fifth of
+            a column out of its range or vocabulary; a feature that looks like an identifier. The
+            first by column name, with the number of others.
+    """
+    findings = Findings(contract)
+    kept = [findings.add(batch) for batch in batches]
+    if problems := findings.problems():
+        raise problems[0].error(source, more=len(problems) - 1)
+    return _table(contract, kept, findings.units)
+
+
+def check_table(contract: Contract, batches: Iterable[Batch], *, source: str) -> CheckReport:
+    """Judge a table as `load_table` would, keep none of it, and list everything.
+
+    What cannot be read at all (a missing column, a ragged line) ends the pass and is listed last.
+    """
+    findings = Findings(contract)
+    broken: list[str] = []
+    try:
+        for batch in batches:
+            findings.add(batch)
+    except DataError as error:
+        broken.append(str(error))
+    problems = [] if broken and not findings.rows else findings.problems()
+    return CheckReport(
+        source=source,
+        rows=findings.rows,
+        units=findings.units,
+        positives=findings.positives,
+        columns=findings.columns(),
+        problems=(*(str(problem.error(source)) for problem in problems), *broken),
+    )
+
+
+def pool(tables: Sequence[Table]) -> Table:
+    """All records in one table, as no federation may have them: for the pooled comparison only.
+
+    A unit is one person at one site, so the units of different tables stay apart.
+
+    Raises:
+        ValueError: the tables were not made by one contract.
+    """
+    first = tables[0]
+    if any(table.feature_names != first.feature_names for table in tables):
+        raise ValueError("tables of different contracts cannot be pooled")
+    starts = np.cumsum([0, *(table.units for table in tables)])
+    times = [table.time_N for table in tables if table.time_N is not None]
+    return Table(
+        x_NF=np.concatenate([table.x_NF for table in tables]),
+        y_N=np.concatenate([table.y_N for table in tables]),
+        unit_N=np.concatenate([table.unit_N + start for table, start in zip(tables, starts, strict=False)]),
+        units=int(starts[-1]),
+        time_N=np.concatenate(times) if len(times) == len(tables) else None,
+        raw_NC=np.concatenate([table.raw_NC for table in tables]),
+        raw_categorical=first.raw_categorical,
+        feature_names=first.feature_names,
+    )
+
+
+def _table(contract: Contract, kept: list[Rows], units: int) -> Table:
+    times = [rows.time_B for rows in kept if rows.time_B is not None]
+    return Table(
+        x_NF=np.concatenate([rows.x_BF for rows in kept]),
+        y_N=np.concatenate([rows.y_B for rows in kept]),
+        unit_N=np.concatenate([rows.unit_B for rows in kept]),
+        units=units,
+        time_N=np.concatenate(times) if contract.time is not None else None,
+        raw_NC=np.concatenate([rows.raw_BC for rows in kept]),
+        raw_categorical=contract.raw_categorical,
+        feature_names=contract.feature_names,
+    )
+
+
+def _renumbered(unit_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """Units 0, 1, 2 ... in order of first appearance, and how many."""
+    found_U, first_U, index_N = np.unique(unit_N, return_index=True, return_inverse=True)
+    number_U = np.empty(len(found_U), dtype=np.int64)
+    number_U[np.argsort(first_U)] = np.arange(len(found_U))
+    return number_U[index_N], len(found_U)

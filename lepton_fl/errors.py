@@ -1,0 +1,89 @@
+"""The one error tree of lepton_fl.
+
+::
+
+    LeptonError                    exit
+    ├── ConfigError                 3    a file the user wrote: file, key, found, allowed
+    ├── DataError                   3    a site's table: column and count, never a value
+    ├── PolicyRefused               4    the site's policy forbids it
+    │   └── BudgetExhausted         4    the site's privacy budget does not cover it
+    ├── ProtocolError               5    a peer is at fault, and is named
+    │   ├── BadReply                5    a site's reply cannot enter the aggregate
+    │   └── BadRequest              5    a server's message cannot be obeyed
+    ├── TooFewSites                 6    a round cannot reach its quorum; safe to retry
+    └── VerificationFailed          7    bytes that should agree do not
+
+Every error is one line that a person can act on: what was found, what is allowed, whose limit it is,
+and in `fix` the one command or edit that mends it. `public` is what may be told to another party: it
+never carries a count, a value or a path of the institution.
+"""
+
+from __future__ import annotations
+
+
+class LeptonError(Exception):
+    """Root of the tree. `exit_code` is the shell's, see docs/cli.md."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, fix: str = "", public: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+        self.public = public or type(self).__name__
+
+    def __str__(self) -> str:
+        return f"{self.message} (fix: {self.fix})" if self.fix else self.message
+
+
+class ConfigError(LeptonError):
+    """A file or flag that the user wrote is not acceptable."""
+
+    exit_code = 3
+
+    @classmethod
+    def at(cls, file: str, key: str, *, found: object, allowed: str, fix: str = "") -> ConfigError:
+        """The usual form: file, key, what was found and what is allowed."""
+        return cls(f"{file}: {key}: found {found!r}, allowed: {allowed}", fix=fix)
+
+
+class DataError(LeptonError):
+    """A site's table breaks the schema contract. Names columns and counts, never a value."""
+
+    exit_code = 3
+
+
+class PolicyRefused(LeptonError):
+    """The site's own policy forbids what the study asks."""
+
+    exit_code = 4
+
+
+class BudgetExhausted(PolicyRefused):
+    """The site's privacy budget does not cover what the study asks."""
+
+
+class ProtocolError(LeptonError):
+    """A peer broke the protocol."""
+
+    exit_code = 5
+
+
+class BadReply(ProtocolError):
+    """A site's reply is malformed: wrong sender, names, shapes, type or non-finite values."""
+
+
+class BadRequest(ProtocolError):
+    """A server's message is malformed, out of order or names another study."""
+
+
+class TooFewSites(LeptonError):
+    """Fewer sites answered than the study's quorum. Nothing was released; safe to retry."""
+
+    exit_code = 6
+
+
+class VerificationFailed(LeptonError):
+    """Bytes that should agree with a digest or a record do not."""
+
+    exit_code = 7

@@ -1,0 +1,91 @@
+"""Where a run stands, in one file that is always whole: model, strategy state, round.
+
+Two numbers of rounds: `started` is written before a round's messages go out, `model` after it was
+aggregated. A run that is resumed begins after `started`, since a site charges a round number once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from lepton_fl.errors import ConfigError, VerificationFailed
+from lepton_fl.files import write_atomic
+from lepton_fl.tasks.arrays import Arrays, model_hash
+
+_FORMAT = "lepton-fl/checkpoint/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The state between two rounds of one run."""
+
+    study_id: str
+    run: str
+    started: int
+    """Highest round number ever sent out."""
+    done: int
+    """Rounds aggregated."""
+    model: Arrays
+    strategy: Arrays
+
+    def write(self, path: Path) -> None:
+        """Replace the file at `path`; a crash leaves the old one or this one."""
+        about = {
+            "format": _FORMAT,
+            "study": self.study_id,
+            "run": self.run,
+            "started": str(self.started),
+            "done": str(self.done),
+            "model-hash": model_hash(self.model),
+            "names": json.dumps(list(self.model)),
+        }
+        tensors = {f"model/{name}": array for name, array in self.model.items()}
+        tensors |= {f"strategy/{name}": array for name, array in self.strategy.items()}
+        write_atomic(path, save(tensors, metadata=about))
+
+    @classmethod
+    def read(cls, path: Path, *, study_id: str) -> Checkpoint:
+        """The checkpoint at `path`.
+
+        Raises:
+            ConfigError: it cannot be read, or is another study's.
+            VerificationFailed: the model in it is not the one that was written.
+        """
+        try:
+            data = path.read_bytes()
+            tensors, about = load(data), _metadata(data)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except (SafetensorError, ValueError):
+            raise VerificationFailed(f"{path}: not a whole checkpoint") from None
+        if about.get("format") != _FORMAT:
+            raise ConfigError(f"{path}: not a checkpoint of format {_FORMAT}")
+        if about["study"] != study_id:
+            raise ConfigError(
+                f"{path}: found a checkpoint of study {about['study'][:12]}, expected {study_id[:12]}",
+                fix="name another folder with --out, or leave --resume out",
+            )
+        model = {name: tensors[f"model/{name}"] for name in json.loads(about["names"])}
+        if model_hash(model) != about["model-hash"]:
+            raise VerificationFailed(f"{path}: the model does not have the digest it was written with")
+        prefix = "strategy/"
+        return cls(
+            study_id=study_id,
+            run=about["run"],
+            started=int(about["started"]),
+            done=int(about["done"]),
+            model=model,
+            strategy={n.removeprefix(prefix): a for n, a in tensors.items() if n.startswith(prefix)},
+        )
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The safetensors header's metadata: an 8-byte little-endian length, then JSON."""
+    size = int.from_bytes(data[:8], "little")
+    found = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return {str(k): str(v) for k, v in found.items()}

@@ -1,0 +1,288 @@
+"""The round loop of a run.
+
+Ours and not Flower's `Strategy.start`, which cannot resume, waits without limit for nodes that are gone,
+lets one malformed reply end the run, and begins again at round 1 after a crash.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from lepton_fl.errors import PolicyRefused, TooFewSites
+from lepton_fl.federation.checkpoint import Checkpoint
+from lepton_fl.federation.grids import CohortGrid, SummingGrid
+from lepton_fl.federation.rounds import Round
+from lepton_fl.federation.strategy import expect, strategy_of
+from lepton_fl.messages import (
+    CONFIG,
+    EVALUATE,
+    JOIN,
+    METRICS,
+    WEIGHT,
+    Assignment,
+    assignment_config,
+    from_record,
+    identify,
+    refusal_exit_code,
+    to_record,
+)
+from lepton_fl.study import Study
+from lepton_fl.tasks.arrays import Arrays
+
+log = logging.getLogger(__name__)
+
+SERVER_NODE = 1
+"""The id under which the server sends; no site has it."""
+_POLL = 0.2
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundReport:
+    """What happened in a round that was aggregated, or could not be."""
+
+    number: int
+    sites: tuple[str, ...]
+    """Sites whose updates are in the new model; empty where there is none."""
+    dropped: Mapping[str, str]
+    seconds: float
+
+
+class Observer(Protocol):
+    """Is told of each step of a run; display and measurement hang here."""
+
+    def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None:
+        """The cohort stands."""
+
+    def round_done(self, report: RoundReport, model: Arrays) -> None:
+        """A round was aggregated into `model`, or was lost and `model` is the old one."""
+
+
+@dataclass(kw_only=True)
+class Federation:
+    """One run of a study at the server: give it to `server_app`, or `run` it over a Grid."""
+
+    study: Study
+    model: Arrays
+    """Initial parameters; then the latest."""
+    sites: Mapping[int, str] | None = None
+    """Node ids that may join, with their names. None: as they name themselves."""
+    observer: Observer | None = None
+    checkpoint: Path | None = None
+    """Written before and after each round, where given."""
+    run_id: str = field(default_factory=lambda: os.urandom(16).hex())
+    started: int = 0
+    done: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    """Sites that are not asked (again) in this run, with the reason they or we gave."""
+    released: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Evaluation figures that sites released, by site."""
+    _strategy_state: Arrays = field(default_factory=dict)
+
+    @classmethod
+    def resume(
+        cls,
+        path: Path,
+        *,
+        study: Study,
+        sites: Mapping[int, str] | None = None,
+        observer: Observer | None = None,
+    ) -> Federation:
+        """Go on from a checkpoint, with the round after the last one that was sent out."""
+        found = Checkpoint.read(path, study_id=study.id)
+        return cls(
+            study=study,
+            model=found.model,
+            sites=sites,
+            observer=observer,
+            checkpoint=path,
+            run_id=found.run,
+            started=found.started,
+            done=found.done,
+            _strategy_state=found.strategy,
+        )
+
+    def run(self, grid: Grid) -> None:
+        """All rounds that are still to do; afterwards `model` is the result.
+
+        Raises:
+            PolicyRefused, BudgetExhausted: too few sites may take part, because they refuse.
+            TooFewSites: too few sites are there, or stay.
+        """
+        identify(self.run_id, SERVER_NODE)
+        cohort = self._gather(grid)
+        if self.observer is not None:
+            self.observer.joined(tuple(sorted(cohort.values())), self.refused)
+        strategy = strategy_of(self.study)
+        if self._strategy_state:
+            strategy.restore(self._strategy_state)
+        while self.done < self.study.train.rounds:
+            if self.started >= self.study.train.charged_rounds:
+                raise TooFewSites(
+                    f"all {self.study.train.charged_rounds} rounds that the noise covers are used, "
+                    f"{self.done} of {self.study.train.rounds} could be aggregated"
+                )
+            number, before = self.started + 1, time.monotonic()
+            self.started = number
+            # Before anything goes out: a number that a site may have charged is never used again.
+            self._save()
+            expect(strategy, len(cohort))
+            quorum = self.study.survivors(len(cohort))
+            current = Round(number, cohort, quorum=quorum, template=self.model)
+            config = assignment_config(self._assignment(cohort, number))
+            messages = strategy.configure_train(
+                number, to_record(self.model), config, CohortGrid(grid, sorted(cohort))
+            )
+            replies = grid.send_and_receive(messages, timeout=self.study.train.deadline)
+            for reply in replies:
+                current.take(reply, summed=isinstance(grid, SummingGrid))
+            try:
+                current.close()
+            except TooFewSites as error:
+                self._report(current, (), before)
+                cohort = self._still_in(cohort, current)
+                self._refuse_if_hopeless(cohort, error)
+                continue
+            aggregate, _ = strategy.aggregate_train(
+                number, [self._as_weights(reply, delta) for _, reply, delta in current.accepted]
+            )
+            if aggregate is None:
+                raise TooFewSites(f"round {number}: the strategy gave no model")
+            self.model = {n: a.astype(np.float32) for n, a in from_record(aggregate).items()}
+            self.done += 1
+            self._strategy_state = strategy.state()
+            self._save()
+            self._report(current, tuple(sorted(current.included)), before)
+            cohort = self._still_in(cohort, current)
+        self._evaluate(grid, cohort)
+
+    def _gather(self, grid: Grid) -> dict[int, str]:
+        """Ask every node whether it will take part, and wait for the quorum ourselves."""
+        least = self.study.secure_aggregation.min_sites
+        deadline = time.monotonic() + self.study.train.deadline
+        while len(nodes := sorted(grid.get_node_ids())) < least:
+            if time.monotonic() > deadline:
+                raise TooFewSites(f"{len(nodes)} sites are connected, the study asks {least}")
+            time.sleep(_POLL)
+        messages = [
+            # No cohort yet: a site learns it, and may refuse it, with each message that asks for more.
+            Message(
+                RecordDict({CONFIG: assignment_config(self._assignment({}, 0))}),
+                dst_node_id=node,
+                message_type=JOIN,
+            )
+            for node in nodes
+            if self.sites is None or node in self.sites
+        ]
+        cohort: dict[int, str] = {}
+        codes: list[int] = []
+        unheard = {m.metadata.dst_node_id for m in messages}
+        for reply in grid.send_and_receive(messages, timeout=self.study.train.deadline):
+            node = reply.metadata.src_node_id
+            if node not in unheard:
+                continue
+            unheard.remove(node)
+            if reply.has_error():
+                self.refused[self._name(node)] = reply.error.reason or "error at the site"
+                codes.append(refusal_exit_code(reply))
+                continue
+            name = _declared_name(reply)
+            if name is None or name in cohort.values() or name != self._name(node, name):
+                self.refused[self._name(node)] = "did not give the name it is known by"
+            else:
+                cohort[node] = name
+        for node in unheard:
+            self.refused[self._name(node)] = "no answer before the deadline"
+        if len(cohort) < least:
+            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.refused.items()))
+            said = f"{len(cohort)} of {len(messages)} sites take part, the study asks {least} ({reasons})"
+            # What the sites refused for is what a person must mend, more than the number that is left.
+            if PolicyRefused.exit_code in codes:
+                raise PolicyRefused(said)
+            raise TooFewSites(said)
+        return cohort
+
+    def _name(self, node: int, otherwise: str | None = None) -> str:
+        """The name a node is known by: given, or else what it says itself, or else its number."""
+        if self.sites is not None:
+            return self.sites[node]
+        return otherwise if otherwise is not None else f"node {node}"
+
+    def _assignment(self, cohort: Mapping[int, str], number: int) -> Assignment:
+        return Assignment(
+            study=self.study,
+            run=self.run_id,
+            round=number,
+            cohort=tuple(sorted(cohort.values())),
+        )
+
+    def _as_weights(self, reply: Message, delta: Arrays) -> Message:
+        """Flower's strategies average weights; sites encode deltas. In float64, so nothing is lost."""
+        weights = {n: self.model[n].astype(np.float64) + d for n, d in delta.items()}
+        content = RecordDict({"arrays": to_record(weights), METRICS: reply.content.metric_records[METRICS]})
+        return Message(content, reply_to=reply)
+
+    def _still_in(self, cohort: dict[int, str], current: Round) -> dict[int, str]:
+        """The cohort without the sites that left or were put out, named and not asked again."""
+        for name in current.left:
+            log.warning("round %d: %s is out: %s", current.number, name, current.dropped[name])
+            self.refused[name] = current.dropped[name]
+        return {node: name for node, name in cohort.items() if name not in current.left}
+
+    def _refuse_if_hopeless(self, cohort: Mapping[int, str], error: TooFewSites) -> None:
+        least = self.study.secure_aggregation.min_sites
+        if len(cohort) < least:
+            raise TooFewSites(f"{error.message}; {len(cohort)} sites are left, the study asks {least}")
+
+    def _report(self, current: Round, sites: tuple[str, ...], before: float) -> None:
+        if self.observer is not None:
+            self.observer.round_done(
+                RoundReport(
+                    number=current.number,
+                    sites=sites,
+                    dropped=dict(current.dropped),
+                    seconds=time.monotonic() - before,
+                ),
+                self.model,
+            )
+
+    def _save(self) -> None:
+        if self.checkpoint is not None:
+            Checkpoint(
+                study_id=self.study.id,
+                run=self.run_id,
+                started=self.started,
+                done=self.done,
+                model=self.model,
+                strategy=self._strategy_state,
+            ).write(self.checkpoint)
+
+    def _evaluate(self, grid: Grid, cohort: Mapping[int, str]) -> None:
+        """Ask each site to judge the result; what leaves is for its policy to say."""
+        config = assignment_config(self._assignment(cohort, 0))
+        content = RecordDict({"arrays": to_record(self.model), CONFIG: config})
+        messages = [Message(content, dst_node_id=node, message_type=EVALUATE) for node in sorted(cohort)]
+        for reply in grid.send_and_receive(messages, timeout=self.study.train.deadline):
+            name = cohort.get(reply.metadata.src_node_id)
+            if name is None or reply.has_error() or METRICS not in reply.content.metric_records:
+                continue
+            figures = reply.content.metric_records[METRICS].items()
+            found = {k: float(v) for k, v in figures if k != WEIGHT and isinstance(v, float)}
+            if found:
+                self.released[name] = found
+
+
+def _declared_name(reply: Message) -> str | None:
+    found = reply.content.config_records.get(CONFIG, ConfigRecord()).get("site")
+    return found if isinstance(found, str) and _NAME.fullmatch(found) else None

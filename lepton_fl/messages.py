@@ -1,0 +1,162 @@
+"""The one adapter to Flower's records and messages: what a run's messages carry, and nothing else.
+
+Every message to a site carries the whole study (canonical bytes), its id, the run, the round and the
+cohort, so a site decides on each message by itself and no earlier message can have prepared the way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from lepton_fl.errors import BadReply, BadRequest, LeptonError
+from lepton_fl.study import Study, parse_canonical
+
+# Flower logs each step of each round at INFO, to the console.
+logging.getLogger("flwr").setLevel(logging.WARNING)
+
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+WEIGHT = "num-examples"
+"""Flower's key for a reply's weight. Always the public constant 1: a count would be an un-noised release."""
+ROUND = "server-round"
+MEMBERS = "members"
+"""On the reply of a summing grid only: the node ids whose updates are in it."""
+
+JOIN = "query.join"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+_ERROR_BASE = 1000
+"""Above Flower's own error codes; the rest is the exit code of the error's class."""
+_INTERNAL = _ERROR_BASE + 1
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_MAX_HEADER = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a message asks a site to take part in."""
+
+    study: Study
+    run: str
+    """128 random bits, 32 hexadecimal digits."""
+    round: int
+    """1, 2, ...; 0 in messages that belong to no round. Never used twice in a run."""
+    cohort: tuple[str, ...]
+    """Names of the sites of this round, sorted; empty in a `JOIN`, before there is one."""
+
+
+def identify(run: str, node: int) -> None:
+    """Tell Flower who this process is; it cannot construct a message before. Once a process."""
+    TaskIdentity.run_id = int(run[:15], 16)
+    TaskIdentity.task_id = 1
+    TaskIdentity.node_id = node
+
+
+def assignment_config(assignment: Assignment) -> ConfigRecord:
+    """The config record that every message of a run carries."""
+    return ConfigRecord(
+        {
+            "study": assignment.study.canonical,
+            "study-id": assignment.study.id,
+            "run": assignment.run,
+            "cohort": list(assignment.cohort),
+            ROUND: assignment.round,
+        }
+    )
+
+
+def read_assignment(message: Message) -> Assignment:
+    """What `message` asks.
+
+    Raises:
+        BadRequest: a part is missing or of another type.
+        VerificationFailed: the study's bytes are not those of its id.
+        ConfigError: this release does not understand the study.
+    """
+    try:
+        config = message.content.config_records[CONFIG]
+    except (KeyError, ValueError):
+        raise BadRequest("message: carries no config record") from None
+    canonical, study_id = config.get("study"), config.get("study-id")
+    run, cohort, number = config.get("run"), config.get("cohort"), config.get(ROUND)
+    if not (isinstance(canonical, bytes) and isinstance(study_id, str)):
+        raise BadRequest("message: carries no study")
+    if not (isinstance(run, str) and _RUN_ID.fullmatch(run)):
+        raise BadRequest("message: carries no run id")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise BadRequest("message: carries no round")
+    if not isinstance(cohort, list) or not all(isinstance(name, str) for name in cohort):
+        raise BadRequest("message: carries no cohort")
+    names = tuple(str(name) for name in cohort)
+    if list(names) != sorted(set(names)):
+        raise BadRequest("message: the cohort is not sorted, or names a site twice")
+    return Assignment(study=_parsed(canonical, study_id), run=run, round=number, cohort=names)
+
+
+@lru_cache(maxsize=16)
+def _parsed(canonical: bytes, study_id: str) -> Study:
+    return parse_canonical(canonical, study_id)
+
+
+def to_record(arrays: dict[str, np.ndarray]) -> ArrayRecord:
+    """Arrays by name as a Flower record."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
+
+
+def from_record(record: ArrayRecord) -> dict[str, np.ndarray]:
+    """A Flower record as arrays by name, copied out of the message.
+
+    Raises:
+        BadReply: an array's bytes are not what its header says.
+    """
+    return {name: _read_array(name, array) for name, array in record.items()}
+
+
+def _read_array(name: str, array: Array) -> np.ndarray:
+    # numpy's own loader allocates what the header claims before it looks at the length.
+    buffer = BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(buffer)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(buffer, max_header_size=_MAX_HEADER)
+    except (ValueError, SyntaxError, TypeError, EOFError):
+        raise BadReply(f"arrays: {name} is not in NumPy's format 1.0") from None
+    start = buffer.tell()
+    size = math.prod(shape) * dtype.itemsize
+    plain = array.stype == "numpy.ndarray" and version == (1, 0) and not fortran and not dtype.hasobject
+    if not plain or any(n < 0 for n in shape) or len(array.data) - start != size:
+        raise BadReply(f"arrays: {name} does not hold what its header says")
+    return np.frombuffer(array.data, dtype=dtype, offset=start).reshape(shape).copy()
+
+
+def update_reply(
+    message: Message, delta: dict[str, np.ndarray], *, members: list[int] | None = None
+) -> Message:
+    """A reply with an update, of constant weight; `members` on a sum over several sites."""
+    content = RecordDict({ARRAYS: to_record(delta), METRICS: MetricRecord({WEIGHT: 1.0})})
+    if members is not None:
+        content[CONFIG] = ConfigRecord({MEMBERS: members})
+    return Message(content, reply_to=message)
+
+
+def error_reply(message: Message, error: LeptonError | None) -> Message:
+    """A reply that refuses. Carries the public part of the error only; None is an internal fault."""
+    if error is None:
+        return Message(Error(_INTERNAL, "internal error at the site"), reply_to=message)
+    return Message(Error(_ERROR_BASE + error.exit_code, error.public), reply_to=message)
+
+
+def refusal_exit_code(reply: Message) -> int:
+    """The exit code that a refusal's error class has; 1 for faults that are no refusal."""
+    code = reply.error.code - _ERROR_BASE
+    return code if 1 < code < 8 else 1

@@ -1,0 +1,325 @@
+"""The site's own record of privacy spent on its data: append-only, crash-safe, across runs and restarts.
+
+Events are stored as data (mechanism, sigma, sampling rate, steps), never as sums, so that any accountant
+can read them and all studies on a data set compose. A charge is on disk before the first row is read for
+the round and long before anything leaves: a crash wastes budget, it never leaks any.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lepton_fl.errors import BudgetExhausted, ConfigError, PolicyRefused
+from lepton_fl.privacy.accounting import Gaussian, epsilon
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS charges (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    at TEXT NOT NULL,
+    data_set TEXT NOT NULL,
+    study TEXT NOT NULL,
+    study_name TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    mechanism TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL,
+    sampling_rate REAL NOT NULL,
+    steps INTEGER NOT NULL,
+    clip REAL NOT NULL,
+    unit TEXT NOT NULL,
+    delta REAL NOT NULL,
+    fingerprint TEXT NOT NULL,
+    UNIQUE (data_set, run, round)
+) STRICT;
+CREATE TRIGGER IF NOT EXISTS charges_are_never_changed BEFORE UPDATE ON charges
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS charges_are_never_removed BEFORE DELETE ON charges
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+"""
+_VERSION = 1
+_MEMORY = ":memory:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a policy allows per privacy unit, over all studies on one data-set id."""
+
+    data_set: str
+    epsilon_total: float
+    epsilon_per_study: float
+    delta_total: float
+    file: str
+    """The policy file, for the error that names whose limit it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """One round of one run, as it is charged: event as data, and to what it belongs."""
+
+    study: str
+    study_name: str
+    run: str
+    round: int
+    event: Gaussian
+    clip: float
+    unit: str
+    delta: float
+    """The study's delta, at which its own epsilon is stated."""
+    fingerprint: str
+    """SHA-256 of the data trained on: evidence of the version; the budget does not depend on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """A study's part of what was spent."""
+
+    study: str
+    study_name: str
+    delta: float
+    epsilon: float
+    runs: int
+    rounds: int
+    last: str
+
+
+class Ledger:
+    """The ledger in one SQLite file (WAL, synchronous FULL, mode 0600)."""
+
+    def __init__(self, path: Path) -> None:
+        """Open, or create, the ledger at `path`.
+
+        Raises:
+            ConfigError: the file cannot be opened, or is not a ledger of this format.
+        """
+        self.path = path
+        try:
+            if str(path) != _MEMORY:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(mode=0o600)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # FULL: a commit returns only when the write-ahead log is on disk.
+            self._db.execute("PRAGMA synchronous = FULL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _VERSION):
+                raise ConfigError(f"{path}: ledger format {version}, this release reads {_VERSION}")
+            with self._transaction():
+                for statement in _statements(_SCHEMA):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"{path}: cannot be used as a ledger: {error}") from None
+        # Reservations of this process: what is checked once is not composed anew at every round.
+        self._reserved: dict[tuple[str, str], _Reservation] = {}
+
+    @classmethod
+    def for_rehearsal(cls) -> Ledger:
+        """A ledger in memory, for a simulated run whose model nobody keeps. It forgets, and so permits."""
+        return cls(Path(_MEMORY))
+
+    def close(self) -> None:
+        """Close the file; a closed ledger charges nothing."""
+        self._db.close()
+
+    def reserve(self, planned: Charge, *, rounds: int, budget: Budget) -> None:
+        """Check that `rounds` rounds like `planned` fit; nothing is spent yet.
+
+        Raises:
+            BudgetExhausted: together with all that was charged before they would not fit.
+        """
+        with self._transaction():
+            self._reserve(planned, rounds, budget)
+
+    def charge(self, charge: Charge, *, rounds: int, budget: Budget) -> None:
+        """Spend one round, durably, before this returns.
+
+        `rounds` is how many the run may take in all, by its study.
+
+        Guarantee: after any sequence of calls, crashes and restarts, by any number of processes, the
+        composition of all charges on the data-set id stays within `budget`; and every round for which
+        this returned is in the file.
+
+        Raises:
+            BudgetExhausted: it would not fit; nothing was spent.
+            PolicyRefused: this (run, round) was charged already: a round is released once.
+        """
+        with self._transaction():
+            key = budget.data_set, charge.run
+            held = self._reserved.get(key)
+            others = self._count_others(budget.data_set, charge.run)
+            mine = self._rounds_of(budget.data_set, charge.run)
+            if charge.round in mine:
+                raise PolicyRefused(
+                    f"{charge.study_name}: round {charge.round} of this run was charged before, and a "
+                    "round is released once",
+                    public="round already charged",
+                )
+            if held is None or not held.covers(charge, budget, others=others, mine=len(mine)):
+                self._reserve(charge, max(rounds - len(mine), 1), budget)
+            self._db.execute(
+                "INSERT INTO charges (at, data_set, study, study_name, run, round, mechanism,"
+                " noise_multiplier, sampling_rate, steps, clip, unit, delta, fingerprint)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    budget.data_set,
+                    charge.study,
+                    charge.study_name,
+                    charge.run,
+                    charge.round,
+                    "poisson-gaussian",
+                    charge.event.noise_multiplier,
+                    charge.event.sampling_rate,
+                    charge.event.steps,
+                    charge.clip,
+                    charge.unit,
+                    charge.delta,
+                    charge.fingerprint,
+                ),
+            )
+
+    def events(self, data_set: str, *, study: str | None = None, run: str | None = None) -> list[Gaussian]:
+        """All events charged to a data-set id, of one study or run or of all, merged by (sigma, q)."""
+        rows = self._db.execute(
+            "SELECT noise_multiplier, sampling_rate, SUM(steps) FROM charges WHERE data_set = ?"
+            " AND (? IS NULL OR study = ?) AND (? IS NULL OR run = ?) GROUP BY 1, 2",
+            (data_set, study, study, run, run),
+        )
+        return [Gaussian(noise_multiplier=s, sampling_rate=q, steps=n) for s, q, n in rows]
+
+    def spent(self, data_set: str, delta: float) -> float:
+        """Epsilon at `delta` of everything charged to a data-set id."""
+        return epsilon(self.events(data_set), delta)
+
+    def studies(self, data_set: str) -> list[Spent]:
+        """What each study spent, in order of first charge, each at its own delta."""
+        rows = self._db.execute(
+            "SELECT study, study_name, MAX(delta), COUNT(DISTINCT run), COUNT(*), MAX(at)"
+            " FROM charges WHERE data_set = ? GROUP BY study ORDER BY MIN(seq)",
+            (data_set,),
+        ).fetchall()
+        return [
+            Spent(
+                study=study,
+                study_name=name,
+                delta=delta,
+                epsilon=epsilon(self.events(data_set, study=study), delta),
+                runs=runs,
+                rounds=rounds,
+                last=last,
+            )
+            for study, name, delta, runs, rounds, last in rows
+        ]
+
+    def history(self, data_set: str) -> list[dict[str, object]]:
+        """Every charge, oldest first, as plain columns."""
+        cursor = self._db.execute("SELECT * FROM charges WHERE data_set = ? ORDER BY seq", (data_set,))
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    def would_spend(self, planned: Charge, *, rounds: int, data_set: str, delta: float) -> float:
+        """Epsilon at `delta` of everything charged so far and `rounds` rounds like `planned`."""
+        return epsilon([*self.events(data_set), _times(planned.event, rounds)], delta)
+
+    def _reserve(self, planned: Charge, rounds: int, budget: Budget) -> None:
+        if planned.delta > budget.delta_total:
+            raise PolicyRefused(
+                f"study asks delta {planned.delta:g}, this site allows {budget.delta_total:g} "
+                f"({budget.file}, budget.delta_total)",
+                public="delta above the site's limit",
+            )
+        run = _times(planned.event, rounds)
+        of_study = self.events(budget.data_set, study=planned.study)
+        study_epsilon = epsilon([*of_study, run], planned.delta)
+        if study_epsilon > budget.epsilon_per_study:
+            before = epsilon(of_study, planned.delta)
+            raise BudgetExhausted(
+                f"study {planned.study_name} would reach epsilon {study_epsilon:.3g} (spent "
+                f"{before:.3g}) at delta {planned.delta:g} per {planned.unit} of data set "
+                f"{budget.data_set}, this site allows {budget.epsilon_per_study:g} a study "
+                f"({budget.file}, budget.epsilon_per_study)",
+                public="the study's privacy budget at this site does not cover the run",
+            )
+        total = epsilon([*self.events(budget.data_set), run], budget.delta_total)
+        if total > budget.epsilon_total:
+            before = self.spent(budget.data_set, budget.delta_total)
+            raise BudgetExhausted(
+                f"privacy budget of data set {budget.data_set} does not cover this run: spent epsilon "
+                f"{before:.3g}, with it {total:.3g}, allowed {budget.epsilon_total:g} at delta "
+                f"{budget.delta_total:g} per {planned.unit} ({budget.file}, budget.epsilon_total)",
+                public="the site's privacy budget does not cover the run",
+            )
+        mine = self._rounds_of(budget.data_set, planned.run)
+        self._reserved[budget.data_set, planned.run] = _Reservation(
+            event=planned.event,
+            study=planned.study,
+            budget=budget,
+            rounds=len(mine) + rounds,
+            others=self._count_others(budget.data_set, planned.run),
+        )
+
+    def _rounds_of(self, data_set: str, run: str) -> set[int]:
+        rows = self._db.execute("SELECT round FROM charges WHERE data_set = ? AND run = ?", (data_set, run))
+        return {row[0] for row in rows}
+
+    def _count_others(self, data_set: str, run: str) -> int:
+        row = self._db.execute(
+            "SELECT COUNT(*) FROM charges WHERE data_set = ? AND run != ?", (data_set, run)
+        ).fetchone()
+        return int(row[0])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        # IMMEDIATE: the write lock is taken before the sums are read, so two processes cannot both
+        # see room for the last round.
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reservation:
+    """A composition that was checked: valid while nothing else was charged to the data set."""
+
+    event: Gaussian
+    study: str
+    budget: Budget
+    rounds: int
+    others: int
+
+    def covers(self, charge: Charge, budget: Budget, *, others: int, mine: int) -> bool:
+        return (
+            self.event == charge.event
+            and self.study == charge.study
+            and self.budget == budget
+            and self.others == others
+            and mine < self.rounds
+        )
+
+
+def _times(event: Gaussian, rounds: int) -> Gaussian:
+    return Gaussian(
+        noise_multiplier=event.noise_multiplier,
+        sampling_rate=event.sampling_rate,
+        steps=event.steps * rounds,
+    )
+
+
+def _statements(script: str) -> list[str]:
+    """The script's statements, one by one: executescript would commit the transaction."""
+    statements, current = [], ""
+    for line in script.splitlines():
+        current += line + "\n"
+        if sqlite3.complete_statement(current):
+            statements.append(current)
+            current = ""
+    return statements

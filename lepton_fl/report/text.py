@@ -1,0 +1,96 @@
+"""The report as Markdown, short enough for an issue tracker."""
+
+from __future__ import annotations
+
+import re
+
+from lepton_fl.report import wording
+from lepton_fl.report.findings import Comparison, arm, comparisons, gain, most_spent
+from lepton_fl.results import Results
+
+_SPECIAL = re.compile(r"([\\`*_\[\]#|~$])")
+
+
+def render_markdown(results: Results) -> str:
+    """Verdict, table by site, the privacy line and how to reproduce.
+
+    Names from the study and the sites are escaped: they can open no tag and no table cell.
+    """
+    labels = list(results.labels)
+    if results.status != "completed":
+        labels.insert(0, wording.STATUS[results.status])
+    lines = [f"# {_plain(results.study_name)}", ""]
+    if labels:
+        lines += ["> " + " · ".join(f"**{_plain(label)}**" for label in labels), ""]
+    lines += [_plain(results.verdict), ""]
+    lines += _sites(results)
+    lines += ["## Privacy", "", *_privacy(results), ""]
+    lines += ["## Reproduce", "", f"    {_one_line(results.command)}", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    lines += [
+        f"- study id `{_code(results.study_id)}`, run `{_code(results.run_id)}`",
+        f"- model SHA-256 `{_code(results.model.sha256)}`" if results.model else "- no model",
+        f"- seeds {', '.join(map(str, results.seeds))}; {_plain(versions)}",
+        f"- {_plain(results.hardware)}",
+        f"- started {_plain(results.started)}, took {wording.duration(results.seconds)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sites(results: Results) -> list[str]:
+    named = {name: arm(results, name) for name in ("local", "federated", "pooled")}
+    heads = [_plain(a.label) if a else name for name, a in named.items()]
+    lines = [
+        f"## {wording.METRIC[results.metric]} by site",
+        "",
+        f"| site | test records (positive) | {' | '.join(heads)} | advice |",
+        "|---|---:|---|---|---|---|",
+    ]
+    for row in comparisons(results):
+        cells = [
+            _plain(row.site.site),
+            f"{row.site.test_records:,} ({row.site.test_positives:,})",
+            *(wording.interval(found) for found in row.intervals),
+            _advice(row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    means = (wording.interval(a.mean) if a else wording.NOT_MEASURED for a in named.values())
+    lines.append(f"| **mean of the sites** | | {' | '.join(means)} | |")
+    found = gain(results)
+    difference = f"Federated minus local: {wording.change(found)}. " if found else ""
+    return [*lines, "", difference + wording.evidence(results), ""]
+
+
+def _advice(row: Comparison) -> str:
+    return f"**{wording.KEEP_OWN}**" if row.keeps_own else ""
+
+
+def _privacy(results: Results) -> list[str]:
+    lines = [_plain(wording.guarantee(results.promise))]
+    most = most_spent(results)
+    if most is not None:
+        lines.append(
+            f"Most spent: epsilon {wording.spent(most.epsilon)} of "
+            f"{most.site.epsilon_allowed:g} at {_plain(most.site.site)}, all studies on "
+            f"{_plain(most.site.data_set)}, at delta {wording.delta(most.site.delta_total)} "
+            f"{_plain(wording.unit(results.promise))}."
+        )
+    for site in results.sites:
+        if site.released_exact:
+            released = _plain(", ".join(site.released_exact))
+            lines += ["", f"**{_plain(site.site)} released without noise: {released}**"]
+    return lines
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    return _one_line(text).replace("`", "'")
+
+
+def _plain(text: str) -> str:
+    """`text` on one line, with every character that Markdown or HTML would act on made harmless."""
+    escaped = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _SPECIAL.sub(r"\\\1", escaped)

@@ -1,0 +1,175 @@
+"""What a run leaves for people and programs: results.json, and its schema.
+
+`docs/results.schema.json` is generated from these models; a test keeps the two the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from lepton_fl.config import Strict
+from lepton_fl.errors import ConfigError
+from lepton_fl.files import write_atomic
+
+FORMAT = "lepton-fl/results/1"
+
+
+class Interval(Strict):
+    """A figure over seeds and resampled test rows. None where it is not defined."""
+
+    mean: float | None
+    """Mean over the seeds."""
+    low: float | None = None
+    """2.5th percentile of the bootstrap over seeds and test rows."""
+    high: float | None = None
+    """97.5th percentile."""
+
+
+class SiteSummary(Strict):
+    """One institution of the run. Counts appear because the data are simulated or public."""
+
+    site: str
+    train_units: int
+    train_positives: int
+    """Positive records in the training part."""
+    test_records: int
+    test_positives: int
+    epsilon_run: float | None
+    """What this run cost at this site, at the study's delta."""
+    epsilon_spent: float | None
+    """All studies on this data set so far, composed, at the policy's delta_total."""
+    epsilon_allowed: float
+    delta_total: float
+    data_set: str
+    """The data-set id that the site's policy names: what the budget belongs to."""
+    released_exact: tuple[str, ...] = ()
+    """What left this site without noise. Printed in red."""
+    status: str = "took part"
+    """`took part`, or why it was left out."""
+
+
+class RoundSummary(Strict):
+    """One round of the main run."""
+
+    round: Annotated[int, Field(ge=1)]
+    sites: tuple[str, ...]
+    """Sites whose updates entered the aggregate."""
+    dropped: dict[str, str] = {}
+    """Site to reason, for those left out."""
+    seconds: float
+    epsilon: float | None
+    """Spent so far at each site that took part in every round, at the study's delta."""
+    metric: float | None = None
+    """Mean over sites of the study's metric on held-out records; only where it was looked at."""
+
+
+class Arm(Strict):
+    """One way to get a model, judged on the same held-out records as the others."""
+
+    arm: Literal["local", "federated", "pooled"]
+    label: str
+    privacy: str
+    """What protects the records in this arm, in words."""
+    per_site: dict[str, Interval]
+    mean: Interval
+    """Mean over the sites where the metric is defined."""
+    seeds: int
+
+
+class CurvePoint(Strict):
+    """Utility at one epsilon."""
+
+    epsilon: float
+    noise: Literal["local", "shared"]
+    mean: Interval
+    seeds: int
+
+
+class Promise(Strict):
+    """The study's promise, with what was computed from it."""
+
+    epsilon: float | None
+    delta: float | None
+    unit: str
+    holds_against: str
+    noise: Literal["local", "shared", "none"]
+    clip: float
+    noise_multiplier: float | None
+    sample_rate: float
+    steps: int
+    """Steps that the noise covers, spare rounds included."""
+
+
+class ModelFile(Strict):
+    name: str
+    file: str
+    """Relative to the run's folder."""
+    parameters: int
+    sha256: str
+    """Over name, type, shape and bytes of every tensor in order of name."""
+
+
+class Results(Strict):
+    """A run: what was asked, what came out, and how to get it again."""
+
+    format: Literal["lepton-fl/results/1"] = "lepton-fl/results/1"
+    status: Literal["completed", "interrupted", "stopped"]
+    """interrupted: by the user. stopped: too few sites, or refused in mid-run."""
+    verdict: str
+    labels: tuple[str, ...]
+    """What a reader must know before any figure: SIMULATED, simulation noise, curator."""
+    study_id: str
+    study_name: str
+    purpose: str
+    run_id: str
+    metric: Literal["auc", "auprc"]
+    strategy: str
+    model: ModelFile | None
+    promise: Promise
+    rounds_planned: int
+    rounds: tuple[RoundSummary, ...]
+    sites: tuple[SiteSummary, ...]
+    arms: tuple[Arm, ...]
+    gain: Interval | None = None
+    """Federated minus local, mean over sites, paired by seed and held-out record."""
+    curve: tuple[CurvePoint, ...] = ()
+    seeds: tuple[int, ...]
+    bootstrap: int
+    """Resamples behind every interval."""
+    command: str
+    versions: dict[str, str]
+    hardware: str
+    started: str
+    """ISO 8601, UTC."""
+    seconds: float
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write atomically: a reader sees the old file or the whole new one."""
+    write_atomic(path, (results.model_dump_json(indent=1) + "\n").encode("utf-8"))
+
+
+def read_results(path: Path) -> Results:
+    """The results in the file at `path`.
+
+    Raises:
+        ConfigError: there is no such file, or it is not of this format.
+    """
+    try:
+        return Results.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}",
+            fix="lepton-fl simulate study.toml --out RUN, then name that folder",
+        ) from None
+    except ValidationError:
+        raise ConfigError(f"{path}: not a results file of format {FORMAT}") from None
+
+
+def schema() -> str:
+    """JSON schema of results.json."""
+    return json.dumps(Results.model_json_schema(), indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,199 @@
+"""One simulated run: sites with their policies and ledgers, a server, and the grid between them."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Context, RecordDict
+
+from lepton_fl.config import parse
+from lepton_fl.data import Table, split
+from lepton_fl.errors import DataError
+from lepton_fl.federation import Federation, Observer, server_app
+from lepton_fl.files import write_atomic
+from lepton_fl.privacy import Guarantee, Ledger
+from lepton_fl.simulation.curator import CuratorGrid
+from lepton_fl.simulation.grid import InProcessGrid
+from lepton_fl.site import Policy, Simulated, Site, SiteData, client_app
+from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.study import Study
+from lepton_fl.tasks import Arrays, arrays_of, build_model, load_arrays, task_of
+from lepton_fl.tasks.metrics import Scored
+from lepton_fl.tasks.task import score
+from lepton_fl.training import SimulationNoise
+
+FIRST_SITE_NODE = 101
+"""Node ids of the sites, in order of name."""
+
+Splits = Mapping[str, tuple[Table, Table]]
+"""Site to (train, test)."""
+
+
+def split_sites(tables: Mapping[str, Table], study: Study, seed: int) -> dict[str, tuple[Table, Table]]:
+    """Each site's table in a training and a held-out part, by the study's rule."""
+    return {
+        name: split(table, study.evaluation, SimulationNoise(seed, name).numpy("split"))
+        for name, table in sorted(tables.items())
+    }
+
+
+def rehearsal_policy(study: Study, data_set: str) -> str:
+    """A policy.toml that allows this study and no more, as text; written by the simulator for its sites."""
+    privacy = study.privacy
+    epsilon, delta = privacy.epsilon or 1.0, privacy.delta or 1e-6
+    return f"""\
+# Written by the simulator: allows just this study. A real policy is the privacy officer's own.
+[data]
+id = "{data_set}"
+[budget]                      # per privacy unit at this site, over all studies on this id
+epsilon_total = {epsilon!r}
+epsilon_per_study = {epsilon!r}
+delta_total = {delta!r}
+[require]
+secure_aggregation = {str(study.secure_aggregation.enabled).lower()}
+differential_privacy = {str(privacy.noise != "none").lower()}
+min_sites = 1
+privacy_units = ["{privacy.unit}"]
+approval = "auto"
+[release]
+metrics = "none"
+allow_models = ["{study.model_name}"]
+"""
+
+
+def open_sites(study: Study, splits: Splits, seed: int, folder: Path | None) -> dict[str, Site]:
+    """One `Site` for each table.
+
+    With `folder`, each site has FOLDER/SITE/{policy.toml, ledger.db} there, made where absent and obeyed
+    where present. Without it this is a rehearsal: a policy that fits and a ledger that forgets.
+    """
+    sites = {}
+    for name, (train, test) in splits.items():
+        data_set = f"{name}-{study.task.target}"[:64]
+        if folder is None:
+            file, ledger = "rehearsal policy", Ledger.for_rehearsal()
+            policy = _parse_policy(rehearsal_policy(study, data_set))
+            approvals = Approvals(Path(os.devnull))
+        else:
+            home = folder / name
+            home.mkdir(parents=True, exist_ok=True)
+            path = home / "policy.toml"
+            if not path.exists():
+                write_atomic(path, rehearsal_policy(study, data_set).encode())
+            file, policy, ledger = str(path), load_policy(path), Ledger(home / "ledger.db")
+            approvals = Approvals(home / "approvals.jsonl")
+        sites[name] = Site(
+            name=name,
+            policy=policy,
+            policy_file=file,
+            ledger=ledger,
+            approvals=approvals,
+            load=_loader(SiteData(train=train, test=test)),
+            noise=SimulationNoise(seed, name),
+            surroundings=Simulated(),
+        )
+    return sites
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run that can be started, and read whenever it has stopped."""
+
+    federation: Federation
+    sites: dict[str, Site]
+    grid: InProcessGrid
+    guarantee: Guarantee
+    seed: int
+
+    def start(self) -> None:
+        """Run to the end; `federation` and `sites` hold what there is when it raises."""
+        study = self.federation.study
+        grid: InProcessGrid | CuratorGrid = self.grid
+        if study.secure_aggregation.enabled:
+            grid = CuratorGrid(
+                self.grid,
+                study=study,
+                guarantee=self.guarantee,
+                template=self.federation.model,
+                noise=SimulationNoise(self.seed, "curator"),
+            )
+        context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config={})
+        server_app(self.federation)(grid, context)
+
+    def close(self) -> None:
+        """Close the sites' ledgers."""
+        for site in self.sites.values():
+            site.ledger.close()
+
+
+def prepare(
+    study: Study,
+    splits: Splits,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> Run:
+    """Everything that one run needs, nothing started.
+
+    Raises:
+        DataError: the sites' tables do not have the same features.
+    """
+    widths = {train.x_NF.shape[1] for train, _ in splits.values()}
+    if len(widths) != 1:
+        raise DataError(f"sites: tables of {len(widths)} different widths for one study")
+    sites = open_sites(study, splits, seed, folder)
+    nodes = {FIRST_SITE_NODE + i: name for i, name in enumerate(sorted(sites))}
+    grid = InProcessGrid({node: client_app(sites[name]) for node, name in nodes.items()})
+    if resume and checkpoint is not None:
+        federation = Federation.resume(checkpoint, study=study, sites=nodes, observer=observer)
+    else:
+        generator = SimulationNoise(seed, "server").torch("model")
+        model = build_model(study, widths.pop(), generator)
+        federation = Federation(
+            study=study,
+            model=arrays_of(model),
+            sites=nodes,
+            observer=observer,
+            checkpoint=checkpoint,
+        )
+    return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study), seed=seed)
+
+
+class Scorer:
+    """Scores held-out records with a study's model: the simulator's own eye, which no server has."""
+
+    def __init__(self, study: Study, width: int) -> None:
+        self._task = task_of(study)
+        self._model = build_model(study, width, torch.Generator())
+
+    def __call__(self, model: Arrays, splits: Splits) -> dict[str, Scored]:
+        load_arrays(self._model, model)
+        return {
+            name: (test.y_N, score(self._model, self._task, test.x_NF)) for name, (_, test) in splits.items()
+        }
+
+
+def mean_metric(values: list[float]) -> float | None:
+    """Mean over the sites where the metric is defined."""
+    defined = [v for v in values if not np.isnan(v)]
+    return float(np.mean(defined)) if defined else None
+
+
+def _parse_policy(text: str) -> Policy:
+    return parse(Policy, tomllib.loads(text), file="rehearsal policy")
+
+
+def _loader(data: SiteData) -> Callable[[Study], SiteData]:
+    def load(_: Study) -> SiteData:
+        return data
+
+    return load

@@ -1,0 +1,473 @@
+"""`lepton-fl simulate`: a run that is charged, rehearsals on other seeds, and what it is compared with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import tomli_w
+from safetensors.numpy import save
+
+import lepton_fl
+from lepton_fl.data import Table
+from lepton_fl.errors import ConfigError, LeptonError, PolicyRefused, TooFewSites
+from lepton_fl.federation.loop import RoundReport
+from lepton_fl.files import write_atomic
+from lepton_fl.privacy import epsilon as composed_epsilon
+from lepton_fl.privacy.guarantee import CURATOR, SIMULATED, SIMULATION_NOISE, Guarantee
+from lepton_fl.results import (
+    Arm,
+    CurvePoint,
+    Interval,
+    ModelFile,
+    Promise,
+    Results,
+    RoundSummary,
+    SiteSummary,
+    write_results,
+)
+from lepton_fl.simulation.baselines import (
+    LOCAL_LABEL,
+    POOLED_LABEL,
+    local_scores,
+    pooled_scores,
+)
+from lepton_fl.simulation.curator import share_multiplier
+from lepton_fl.simulation.run import Run, Scorer, Splits, mean_metric, prepare, split_sites
+from lepton_fl.study import Study, check_delta, override
+from lepton_fl.tasks import Arrays, model_hash
+from lepton_fl.tasks.metrics import RESAMPLES, Scored, evaluate, gain, intervals
+
+ArmName = Literal["local", "federated", "pooled"]
+LOOKS = 25
+"""How often, at most, a run's progress is measured on held-out records."""
+
+
+class Display(Protocol):
+    """Is told how a simulation goes on; the command line draws it."""
+
+    def stage(self, title: str, total: int) -> None:
+        """A part of the work begins, of so many steps."""
+
+    def advance(self) -> None:
+        """One step of the current stage is done."""
+
+    def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None:
+        """The cohort of the charged run stands."""
+
+    def round(self, summary: RoundSummary, planned: int, allowed: float | None) -> None:
+        """A round of the charged run is done; `allowed` is the study's epsilon."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, title: str, total: int) -> None: ...
+    def advance(self) -> None: ...
+    def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None: ...
+    def round(self, summary: RoundSummary, planned: int, allowed: float | None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to simulate, and where it goes."""
+
+    study: Study
+    tables: Mapping[str, Table]
+    """Site to table, all under the study's contract."""
+    out: Path
+    policies: Path | None = None
+    """Folder of SITE/{policy.toml, ledger.db}; in `out` by default."""
+    seeds: tuple[int, ...] = (0,)
+    """The first is the charged run's; the others are rehearsals."""
+    compare: tuple[ArmName, ...] = ("local", "federated", "pooled")
+    curve: tuple[float, ...] = ()
+    """Epsilons at which to rehearse, for the utility curve."""
+    resume: bool = False
+    command: str = ""
+    bootstrap: int = RESAMPLES
+
+
+def freeze(study: Study, tables: Mapping[str, Table]) -> Study:
+    """The study with its expected batch filled in from the simulated sites, where it declares none."""
+    if study.train.expected_batch is not None:
+        return study
+    units = np.mean([table.units for table in tables.values()])
+    batch = study.train.sample_rate * float(units) * (1 - study.evaluation.test_fraction)
+    return override(study, {"train.expected_batch": float(f"{batch:.3g}")})
+
+
+def check(study: Study, splits: Splits) -> None:
+    """Refuse a study that these sites are too few or too small for.
+
+    Raises:
+        TooFewSites: fewer sites than the study's smallest cohort.
+        ConfigError: delta is not below one over the units of the smallest site.
+    """
+    least = study.secure_aggregation.min_sites
+    if len(splits) < least:
+        raise TooFewSites(
+            f"study {study.study.name}: {len(splits)} sites, secure_aggregation.min_sites asks {least}",
+            fix="give more sites, or lower secure_aggregation.min_sites in study.toml",
+        )
+    smallest = min(splits, key=lambda name: splits[name][0].units)
+    check_delta(study, splits[smallest][0].units, smallest)
+    if study.privacy.noise == "shared":
+        share_multiplier(study, Guarantee.of(study), len(splits))
+
+
+def simulate(plan: Plan, display: Display | None = None) -> Results:
+    """Run `plan`, write OUT/{study.toml, results.json, model.safetensors, checkpoint}, return the results.
+
+    The first seed's run is charged to the sites' ledgers like a real one. All other seeds, the curve and
+    the baselines are rehearsals: their ledgers forget, and their models are kept by nobody. On records
+    that are not the reader's own to look at, each would have cost as much as the first.
+
+    An interrupt ends the work early and is no error: what there is so far is written and says so.
+
+    Raises:
+        PolicyRefused, BudgetExhausted: the sites' policies or budgets do not allow the run.
+        TooFewSites: too few sites take part or stay.
+        ConfigError: the study does not fit the sites, or `out` holds another run.
+    """
+    return _Simulation(plan, display or Silent()).run()
+
+
+@dataclass
+class _Simulation:
+    plan: Plan
+    display: Display
+    rounds: list[RoundSummary] = field(default_factory=list)
+    scored: dict[ArmName, list[dict[str, Scored]]] = field(default_factory=dict)
+    curve: list[CurvePoint] = field(default_factory=list)
+    status: Literal["completed", "interrupted", "stopped"] = "completed"
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        self.started = datetime.now(UTC)
+        self.study = freeze(self.plan.study, self.plan.tables)
+        self.seed = self.plan.seeds[0]
+        self.splits = split_sites(self.plan.tables, self.study, self.seed)
+        check(self.study, self.splits)
+        width = next(iter(self.splits.values()))[0].x_NF.shape[1]
+        self.scorer = Scorer(self.study, width)
+        out = self.plan.out
+        if self.plan.resume and not (out / "checkpoint.safetensors").exists():
+            raise ConfigError(f"{out}: holds no checkpoint to resume from", fix="leave --resume out")
+        self.main = prepare(
+            self.study,
+            self.splits,
+            self.seed,
+            folder=self.plan.policies or out / "sites",
+            checkpoint=out / "checkpoint.safetensors",
+            resume=self.plan.resume,
+            observer=self,
+        )
+
+    def run(self) -> Results:
+        out = self.plan.out
+        write_atomic(
+            out / "study.toml",
+            tomli_w.dumps(self.study.model_dump(mode="json", exclude_none=True)).encode(),
+        )
+        try:
+            try:
+                self._charged_run()
+                self._rehearse()
+            except KeyboardInterrupt:
+                self.status = "interrupted"
+            results = self._results()
+        finally:
+            self.main.close()
+        write_results(results, out / "results.json")
+        return results
+
+    def _charged_run(self) -> None:
+        federation = self.main.federation
+        self.display.stage("training", self.study.train.rounds - federation.done)
+        try:
+            self.main.start()
+        except PolicyRefused:
+            # The server hears the public part only; here the sites' own reasons can be shown.
+            raise _first_refusal(self.main) from None
+        except TooFewSites:
+            if federation.done == 0:
+                raise
+            self.status = "stopped"
+        self.scored["federated"] = [self.scorer(federation.model, self.splits)]
+
+    def _rehearse(self) -> None:
+        if self.status != "completed":
+            return
+        plan = self.plan
+        baselines = [arm for arm in plan.compare if arm != "federated"]
+        if not baselines and len(plan.seeds) == 1 and not plan.curve:
+            return
+        kinds = self._curve_kinds()
+        again = len(plan.seeds) - 1
+        self.display.stage(
+            "comparing",
+            again + len(baselines) * len(plan.seeds) + len(plan.curve) * len(kinds) * len(plan.seeds),
+        )
+        splits = {self.seed: self.splits}
+        for seed in plan.seeds[1:]:
+            splits[seed] = split_sites(plan.tables, self.study, seed)
+            self.scored["federated"].append(self._rehearsal(self.study, splits[seed], seed))
+            self.display.advance()
+        for seed in plan.seeds:
+            if "local" in baselines:
+                self.scored.setdefault("local", []).append(local_scores(splits[seed], seed))
+                self.display.advance()
+            if "pooled" in baselines:
+                self.scored.setdefault("pooled", []).append(pooled_scores(splits[seed], seed))
+                self.display.advance()
+        for epsilon in plan.curve:
+            for noise in kinds:
+                scored = []
+                for seed in plan.seeds:
+                    variant = self._variant(epsilon, noise)
+                    scored.append(self._rehearsal(variant, splits[seed], seed))
+                    self.display.advance()
+                _, mean = self._intervals(scored)
+                self.curve.append(CurvePoint(epsilon=epsilon, noise=noise, mean=mean, seeds=len(scored)))
+
+    def _curve_kinds(self) -> list[Literal["local", "shared"]]:
+        # Shares of noise add up only within one step.
+        return ["local", "shared"] if self.study.train.strategy == "lockstep" else ["local"]
+
+    def _variant(self, epsilon: float, noise: Literal["local", "shared"]) -> Study:
+        changes: dict[str, object] = {"privacy.epsilon": epsilon, "privacy.noise": noise}
+        if noise == "shared":
+            changes["secure_aggregation.enabled"] = True
+        # The model stays the one that is judged, also where `auto` would choose another.
+        return override(self.study, {**changes, "model.name": self.study.model_name})
+
+    def _rehearsal(self, study: Study, splits: Splits, seed: int) -> dict[str, Scored]:
+        if study.id == self.study.id and seed == self.seed:
+            return self.scored["federated"][0]
+        run = prepare(study, splits, seed)
+        try:
+            run.start()
+            return self.scorer(run.federation.model, splits)
+        finally:
+            run.close()
+
+    # Observer of the charged run.
+
+    def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None:
+        self.display.joined(cohort, refused)
+
+    def round_done(self, report: RoundReport, model: Arrays) -> None:
+        planned = self.study.train.rounds
+        stride = max(1, planned // LOOKS)
+        look = report.number % stride == 0 or self.main.federation.done == planned
+        metric = epsilon = None
+        if look:
+            scored = self.scorer(model, self.splits)
+            metric = mean_metric([evaluate(self.study.task.metric, *s) for s in scored.values()])
+            epsilon = self.main.guarantee.epsilon_after(report.number)
+        summary = RoundSummary(
+            round=report.number,
+            sites=report.sites,
+            dropped=dict(report.dropped),
+            seconds=report.seconds,
+            epsilon=epsilon,
+            metric=metric,
+        )
+        self.rounds.append(summary)
+        self.display.round(summary, planned, self.study.privacy.epsilon)
+        self.display.advance()
+
+    # Results.
+
+    def _results(self) -> Results:
+        study, federation = self.study, self.main.federation
+        if "federated" not in self.scored and federation.done > 0:
+            self.scored["federated"] = [self.scorer(federation.model, self.splits)]
+        arms = self._arms()
+        difference = self._gain()
+        return Results(
+            status=self.status,
+            verdict=self._verdict(arms, difference),
+            labels=self._labels(),
+            study_id=study.id,
+            study_name=study.study.name,
+            purpose=study.study.purpose,
+            run_id=federation.run_id,
+            metric=study.task.metric,
+            strategy=study.train.strategy,
+            model=self._model_file() if federation.done else None,
+            promise=self._promise(),
+            rounds_planned=study.train.rounds,
+            rounds=tuple(self.rounds),
+            sites=tuple(self._site(name) for name in sorted(self.splits)),
+            arms=arms,
+            gain=difference,
+            curve=tuple(self.curve),
+            seeds=self.plan.seeds,
+            bootstrap=self.plan.bootstrap,
+            command=self.plan.command,
+            versions=_versions(),
+            hardware=f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
+            started=self.started.isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - self.began, 2),
+        )
+
+    def _intervals(self, scored: list[dict[str, Scored]]) -> tuple[dict[str, Interval], Interval]:
+        rng = np.random.default_rng(self.seed)
+        return intervals(self.study.task.metric, scored, rng=rng, resamples=self.plan.bootstrap)
+
+    def _arms(self) -> tuple[Arm, ...]:
+        noise = self.main.guarantee.sentence()
+        about: dict[ArmName, tuple[str, str]] = {
+            "local": (LOCAL_LABEL, "records never leave the site; the model is not private"),
+            "federated": (f"federated {self.study.model_name}", noise),
+            "pooled": (POOLED_LABEL, "none: every site's records are shown to whoever pools them"),
+        }
+        arms = []
+        for name in ("local", "federated", "pooled"):
+            if name in self.plan.compare and self.scored.get(name):
+                per_site, mean = self._intervals(self.scored[name])
+                label, privacy = about[name]
+                arms.append(
+                    Arm(
+                        arm=name,
+                        label=label,
+                        privacy=privacy,
+                        per_site=per_site,
+                        mean=mean,
+                        seeds=len(self.scored[name]),
+                    )
+                )
+        return tuple(arms)
+
+    def _gain(self) -> Interval | None:
+        ours, theirs = self.scored.get("federated", []), self.scored.get("local", [])
+        seeds = min(len(ours), len(theirs))
+        if seeds == 0:
+            return None
+        return gain(
+            self.study.task.metric,
+            ours[:seeds],
+            theirs[:seeds],
+            seed=self.seed,
+            resamples=self.plan.bootstrap,
+        )
+
+    def _verdict(self, arms: tuple[Arm, ...], difference: Interval | None) -> str:
+        done, planned = self.main.federation.done, self.study.train.rounds
+        if done == 0:
+            return "No round was completed: there is no model."
+        start = "" if done == planned else f"Stopped after {done} of {planned} rounds. "
+        by_name = {arm.arm: arm for arm in arms}
+        name = self.study.task.metric.upper()
+        if "federated" not in by_name or by_name["federated"].mean.mean is None:
+            return start + f"{name} is not defined: no site has both classes among its held-out records."
+        ours = by_name["federated"]
+        if "local" not in by_name or difference is None or difference.mean is None:
+            return start + f"Federated {name} {ours.mean.mean:.3f} on held-out records."
+        theirs = by_name["local"]
+        low, high = difference.low or 0.0, difference.high or 0.0
+        sure = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
+        losers = [
+            site for site, value in ours.per_site.items() if _below(value.mean, theirs.per_site[site].mean)
+        ]
+        keep = f" Keep your own model: {', '.join(losers)}." if losers else " No site loses."
+        return (
+            f"{start}Federated {name} {ours.mean.mean:.3f}, each site's own gradient boosting "
+            f"{theirs.mean.mean or float('nan'):.3f}: {sure} by {difference.mean:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}].{keep}"
+        )
+
+    def _labels(self) -> tuple[str, ...]:
+        labels = [SIMULATED]
+        if self.study.privacy.noise != "none":
+            labels.append(SIMULATION_NOISE)
+        if self.study.secure_aggregation.enabled:
+            labels.append(CURATOR)
+        elif any(point.noise == "shared" for point in self.curve):
+            labels.append(f"{CURATOR} (shared-noise curve)")
+        return tuple(labels)
+
+    def _promise(self) -> Promise:
+        study, guarantee = self.study, self.main.guarantee
+        event = guarantee.event
+        return Promise(
+            epsilon=study.privacy.epsilon,
+            delta=study.privacy.delta,
+            unit=guarantee.unit,
+            holds_against=guarantee.holds_against,
+            noise=study.privacy.noise,
+            clip=study.privacy.clip,
+            noise_multiplier=None if event is None else event.noise_multiplier,
+            sample_rate=study.train.sample_rate,
+            steps=study.charged_steps,
+        )
+
+    def _model_file(self) -> ModelFile:
+        arrays = self.main.federation.model
+        digest = model_hash(arrays)
+        about = {
+            "study": self.study.id,
+            "model": self.study.model_name,
+            "sha256": digest,
+            "labels": "; ".join(self._labels()),
+        }
+        write_atomic(self.plan.out / "model.safetensors", save(arrays, metadata=about))
+        return ModelFile(
+            name=self.study.model_name,
+            file="model.safetensors",
+            parameters=int(sum(a.size for a in arrays.values())),
+            sha256=digest,
+        )
+
+    def _site(self, name: str) -> SiteSummary:
+        train, test = self.splits[name]
+        site, federation = self.main.sites[name], self.main.federation
+        budget, delta = site.budget, self.study.privacy.delta
+        run_events = site.ledger.events(budget.data_set, run=federation.run_id)
+        return SiteSummary(
+            site=name,
+            train_units=train.units,
+            train_positives=train.positives,
+            test_records=len(test),
+            test_positives=test.positives,
+            epsilon_run=None if delta is None else composed_epsilon(run_events, delta),
+            epsilon_spent=site.ledger.spent(budget.data_set, budget.delta_total),
+            epsilon_allowed=budget.epsilon_total,
+            delta_total=budget.delta_total,
+            data_set=budget.data_set,
+            released_exact=tuple(site.released_exact),
+            status=federation.refused.get(name, "took part"),
+        )
+
+
+def _below(ours: float | None, theirs: float | None) -> bool:
+    return ours is not None and theirs is not None and ours < theirs
+
+
+def _first_refusal(run: Run) -> LeptonError:
+    """The refusing sites' own words: the first in full, and how many more refused."""
+    refusing = [site for site in run.sites.values() if site.refusals]
+    first = refusing[0].refusals[0]
+    more = f" (and {len(refusing) - 1} more sites)" if len(refusing) > 1 else ""
+    return type(first)(f"site {refusing[0].name}: {first.message}{more}", fix=first.fix)
+
+
+def _versions() -> dict[str, str]:
+    found = {"lepton_fl": lepton_fl.__version__, "python": sys.version.split()[0]}
+    for package in ("flwr", "opacus", "torch", "scikit-learn", "dp-accounting", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

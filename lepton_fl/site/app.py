@@ -1,0 +1,77 @@
+"""The ClientApp of an institution: three messages, each behind the site's own controls."""
+
+from __future__ import annotations
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from lepton_fl.errors import PolicyRefused
+from lepton_fl.messages import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    WEIGHT,
+    from_record,
+    read_assignment,
+    update_reply,
+)
+from lepton_fl.site.mods import mods_of
+from lepton_fl.site.site import Site
+from lepton_fl.tasks.arrays import check_like, load_arrays
+from lepton_fl.tasks.metrics import evaluate as evaluate_metric
+from lepton_fl.tasks.task import score
+from lepton_fl.training.local import LocalPlan, train_locally
+
+
+def client_app(site: Site) -> ClientApp:
+    """Flower's ClientApp for `site`, its policy and its ledger built in.
+
+    Guarantee: without a policy and a ledger there is no `Site`, so there is no app; with them, an update
+    leaves only after its cost is in the ledger on disk.
+    """
+    app = ClientApp(mods=mods_of(site))
+
+    @app.query("join")
+    def join(message: Message, _: Context) -> Message:
+        """Would you take part? Reaching this line says yes; the reply carries the site's name only."""
+        return Message(RecordDict({CONFIG: ConfigRecord({"site": site.name})}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, _: Context) -> Message:
+        assignment = read_assignment(message)
+        study, bench = assignment.study, site.bench(assignment.study)
+        arrays = from_record(message.content.array_records[ARRAYS])
+        check_like(arrays, bench.template)
+        update = train_locally(
+            bench.model,
+            bench.task,
+            arrays,
+            bench.data.train,
+            LocalPlan.of(study, bench.guarantee),
+            site.noise,
+            assignment.round,
+        )
+        charged = bench.guarantee.round_event
+        # The ledger was charged for what the study says; what leaves is what really ran.
+        if charged is not None and not update.is_within(
+            charged, clip=study.privacy.clip, local_noise=study.privacy.noise == "local"
+        ):
+            raise PolicyRefused("training spent more than was charged; the update does not leave")
+        return update_reply(message, update.delta)
+
+    @app.evaluate()
+    def evaluate(message: Message, _: Context) -> Message:
+        """Judge the model on this site's held-out records; the figure leaves only if policy says so."""
+        assignment = read_assignment(message)
+        study, bench = assignment.study, site.bench(assignment.study)
+        metrics = MetricRecord({WEIGHT: 1.0})
+        if site.policy.release.metrics == "exact":
+            arrays = from_record(message.content.array_records[ARRAYS])
+            load_arrays(bench.model, arrays)
+            test = bench.data.test
+            value = evaluate_metric(study.task.metric, test.y_N, score(bench.model, bench.task, test.x_NF))
+            metrics[study.task.metric] = value
+            site.released_exact.append(f"{study.task.metric} on held-out records")
+        return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+    return app

@@ -1,0 +1,395 @@
+"""The study: everything the federation agreed on, frozen, and the digest that names it.
+
+Two studies that mean the same have the same canonical bytes, however their files are written: keys in
+another order, comments, `3` for `3.0`, a default spelt out. The SHA-256 of those bytes is the study id,
+which every message of a run carries and every agent pins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import unicodedata
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lepton_fl.config import Array, Strict, load, parse
+from lepton_fl.errors import ConfigError, VerificationFailed
+
+CANONICAL_PREFIX = b"lepton-fl/study/1\n"
+"""Domain separation: the digest of a study can be the digest of nothing else."""
+
+MODELS_BELOW_UNITS = 10_000
+"""Below this many units in the federation `auto` never chooses more than logistic regression."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Scalar = str | int | bool
+
+
+class About(Strict):
+    """What the study is called and for."""
+
+    name: Name
+    purpose: str = ""
+    """Free text, shown to the privacy officer before approval."""
+
+
+class OperatingPoint(Strict):
+    """Where on the ROC curve the model will be used: exactly one of the three forms."""
+
+    fpr: Fraction | None = None
+    """False positive rate that the desk can bear."""
+    alerts_per_day: Annotated[int, Field(gt=0)] | None = None
+    cost_fn: Positive | None = None
+    """Cost of one missed positive; needs `cost_fp`."""
+    cost_fp: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> OperatingPoint:
+        if (self.cost_fn is None) != (self.cost_fp is None):
+            raise ValueError("cost_fn and cost_fp go together")
+        forms = [self.fpr, self.alerts_per_day, self.cost_fn]
+        if sum(f is not None for f in forms) != 1:
+            raise ValueError("give exactly one of fpr, alerts_per_day, cost_fn with cost_fp")
+        return self
+
+
+class Task(Strict):
+    """One prediction problem."""
+
+    kind: Literal["binary"]
+    target: str
+    """Name of the label's column."""
+    positive: Scalar = 1
+    """The label's value that counts as positive; every other value is negative."""
+    metric: Literal["auc", "auprc"] = "auc"
+    operating_point: OperatingPoint | None = None
+    prevalence: Fraction | None = None
+    """Share of positives declared in public (a statistic of the field, never counted at the sites).
+
+    The model's output bias starts at its log odds; without it the bias starts at zero.
+    """
+
+
+class Privacy(Strict):
+    """What the owner of one unit's records is promised. Every field changes it.
+
+    Neighbouring relation: add or remove one unit. A unit is all records of one person *at one site*.
+    """
+
+    unit: str = "record"
+    """`record`, or the column that names whose record it is; refused where a site lacks it."""
+    epsilon: Positive | None = None
+    delta: Fraction | None = None
+    """Refused where delta >= 1 / units of the smallest site."""
+    clip: Positive = 1.0
+    """L2 bound on one unit's gradient."""
+    noise: Literal["local", "shared", "none"] = "local"
+    """local: each site adds all of it. shared: each adds a part, under secure aggregation.
+    none: no privacy at all; sites refuse it unless their policy says otherwise."""
+
+    @model_validator(mode="after")
+    def _promise_is_whole(self) -> Privacy:
+        if self.noise != "none" and (self.epsilon is None or self.delta is None):
+            raise ValueError(f"noise = {self.noise!r} needs both epsilon and delta")
+        if self.noise == "none" and (self.epsilon is not None or self.delta is not None):
+            raise ValueError("noise = 'none' promises nothing: leave epsilon and delta out")
+        return self
+
+
+class SecureAggregation(Strict):
+    """How many sites hide one another. The threshold is computed, never configured."""
+
+    enabled: bool = True
+    min_sites: Annotated[int, Field(ge=1)] = 3
+    colluders: Annotated[int, Field(ge=0)] = 1
+    """Members assumed to collude with the server."""
+    min_survivors: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    """Sites that must still be there at the end of a round."""
+
+    @model_validator(mode="after")
+    def _survivors_fit(self) -> SecureAggregation:
+        if isinstance(self.min_survivors, int) and self.min_survivors < self.min_sites:
+            raise ValueError(f"min_survivors = {self.min_survivors} is below min_sites = {self.min_sites}")
+        return self
+
+
+class Train(Strict):
+    """How the model is trained. All of it is public; none of it is counted at a site."""
+
+    strategy: Literal["lockstep", "fedavg"] = "lockstep"
+    """lockstep: a round is one DP-SGD step of every site. fedavg: `local_steps` at each site."""
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    """Poisson, per unit and step."""
+    expected_batch: Annotated[float, Field(gt=0)] | None = None
+    """Public divisor of a site's summed gradient, in units; the same at every site.
+
+    Usually sample_rate times the units of a typical site. The simulator fills it in from its data; a
+    deployed study must declare it, since a site's own size is not public.
+    """
+    local_steps: Annotated[int, Field(ge=1, le=100_000)] = 1
+    optimizer: Literal["sgd", "adam"] = "adam"
+    """Of the server under lockstep, of each site under fedavg."""
+    lr: Positive
+    spare_rounds: Annotated[int, Field(ge=0)] | None = None
+    """Rounds the noise also covers, for those lost to a crash; 5 % of `rounds` by default."""
+    deadline: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a round may take before the sites that have not answered are dropped."""
+
+    @model_validator(mode="after")
+    def _lockstep_is_one_step(self) -> Train:
+        if self.strategy == "lockstep" and self.local_steps != 1:
+            raise ValueError(
+                f"local_steps = {self.local_steps}: a lockstep round is exactly one step; "
+                "use strategy = 'fedavg' for several"
+            )
+        return self
+
+    @property
+    def charged_rounds(self) -> int:
+        """Rounds that the noise is calibrated for: `rounds` and the spare ones."""
+        spare = math.ceil(0.05 * self.rounds) if self.spare_rounds is None else self.spare_rounds
+        return self.rounds + spare
+
+
+class Model(Strict):
+    """Which model; registered names only, see `lepton_fl.tasks.models`."""
+
+    name: Name = "auto"
+    hidden: Array[Annotated[int, Field(ge=1, le=4096)]] = (32,)
+    """Widths of the hidden layers, for models that have them."""
+    normalization: Literal["none", "layer"] = "none"
+
+    @field_validator("normalization", mode="before")
+    @classmethod
+    def _no_batch_statistics(cls, value: Any) -> Any:
+        if isinstance(value, str) and "batch" in value.lower():
+            raise ValueError(
+                f"found {value!r}: BatchNorm mixes the records of a batch, so one record's influence "
+                "cannot be bounded; allowed: 'none', 'layer'"
+            )
+        return value
+
+
+class FloatColumn(Strict):
+    """A number with a public range, from the definition of the field and not from the sites' rows."""
+
+    type: Literal["float"]
+    range: Annotated[tuple[float, float], Field(strict=False)]
+    """Inclusive; values beyond are moved to the bound and counted."""
+    transform: Literal["none", "log1p"] = "none"
+    missing: Literal["refuse", "flag"] = "refuse"
+    """flag: a missing value becomes the middle of the range, and one more feature says so."""
+    identifier: Literal["refuse", "allow"] = "refuse"
+    """allow: keep a column although nearly every value in it is unique."""
+
+    @model_validator(mode="after")
+    def _range_is_usable(self) -> FloatColumn:
+        low, high = self.range
+        if not low < high:
+            raise ValueError(f"range [{low}, {high}]: the first must be below the second")
+        if self.transform == "log1p" and low <= -1:
+            raise ValueError(f"range [{low}, {high}]: log1p needs a range above -1")
+        return self
+
+
+class CategoryColumn(Strict):
+    """A code from a public vocabulary, or hashed; never built from the sites' rows."""
+
+    type: Literal["category"]
+    vocabulary: str | Array[Scalar] | None = None
+    """A literal list, or the name of a public code list (`iso18245`)."""
+    hash: Annotated[int, Field(ge=2, le=65_536)] | None = None
+    """Instead of a vocabulary: the number of signed-hash features."""
+    missing: Literal["refuse", "flag"] = "refuse"
+    identifier: Literal["refuse", "allow"] = "refuse"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CategoryColumn:
+        if (self.vocabulary is None) == (self.hash is None):
+            raise ValueError("give exactly one of vocabulary and hash")
+        if isinstance(self.vocabulary, tuple):
+            codes = [str(v) for v in self.vocabulary]
+            if not codes or len(set(codes)) != len(codes):
+                raise ValueError("vocabulary must list distinct codes, at least one")
+        return self
+
+
+Column = Annotated[FloatColumn | CategoryColumn, Field(discriminator="type")]
+
+
+class Features(Strict):
+    """The schema contract, the same at every site."""
+
+    scaling: Literal["bounds"] = "bounds"
+    """bounds: the public ranges, at no privacy cost."""
+    columns: Annotated[dict[str, Column], Field(min_length=1)]
+
+
+class Evaluation(Strict):
+    """Which of a site's units are held out to judge the model."""
+
+    test_fraction: Fraction = 0.25
+    split: Literal["unit", "time"] = "unit"
+    """unit: units at random, all records of a unit on one side. time: the latest records."""
+    time_column: str | None = None
+
+    @model_validator(mode="after")
+    def _time_needs_a_column(self) -> Evaluation:
+        if (self.split == "time") != (self.time_column is not None):
+            raise ValueError("split = 'time' and time_column go together")
+        return self
+
+
+class Study(Strict):
+    """Everything the federation agreed on. See docs/study.md for each key."""
+
+    study: About
+    task: Task
+    privacy: Privacy
+    secure_aggregation: SecureAggregation = SecureAggregation()
+    train: Train
+    model: Model = Model()
+    features: Features
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Study:
+        if self.privacy.noise == "shared":
+            if self.train.strategy != "lockstep":
+                raise ValueError(
+                    f"privacy.noise = 'shared' needs train.strategy = 'lockstep', found "
+                    f"{self.train.strategy!r}: parts of the noise add up only within one step"
+                )
+            if not self.secure_aggregation.enabled:
+                raise ValueError(
+                    "privacy.noise = 'shared' needs secure_aggregation.enabled = true: a site's own "
+                    "part of the noise does not protect its update"
+                )
+        taken = {self.task.target, self.privacy.unit, self.evaluation.time_column}
+        if clash := sorted(set(self.features.columns) & taken):
+            raise ValueError(
+                f"features.columns.{clash[0]}: also the target, the unit or the time column; "
+                "a model must not see it"
+            )
+        return self
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The bytes that are hashed: versioned prefix, then JSON with sorted keys, no white space.
+
+        Defaults are written out, text is NFC, numbers are Python's shortest exact form, so the bytes
+        say what the study means and not how its file was typed.
+        """
+        text = json.dumps(
+            _nfc(self.model_dump(mode="json")),
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        return CANONICAL_PREFIX + text.encode("utf-8")
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 of the canonical bytes, 64 hexadecimal digits."""
+        return hashlib.sha256(self.canonical).hexdigest()
+
+    @property
+    def charged_steps(self) -> int:
+        """Steps of DP-SGD at one site that the noise is calibrated for."""
+        return self.train.charged_rounds * self.train.local_steps
+
+    @property
+    def model_name(self) -> str:
+        """The model, with `auto` resolved from public figures alone.
+
+        Logistic regression at epsilon below 3 or below 10,000 units in the smallest admissible
+        cohort; otherwise the MLP. (Measured on five public tables: more capacity is lost to noise.)
+        """
+        if self.model.name != "auto":
+            return self.model.name
+        site_units = (self.train.expected_batch or 0) / self.train.sample_rate
+        few = site_units * self.secure_aggregation.min_sites < MODELS_BELOW_UNITS
+        tight = self.privacy.epsilon is not None and self.privacy.epsilon < 3
+        return "logreg" if few or tight else "mlp"
+
+    def survivors(self, cohort: int) -> int:
+        """Sites, of a cohort of this size, that a round must keep to be aggregated."""
+        wanted = self.secure_aggregation.min_survivors
+        return cohort if wanted == "all" else wanted
+
+
+def load_study(path: Path) -> Study:
+    """The study in the TOML file at `path`, or a ConfigError."""
+    return load(Study, path)
+
+
+def parse_canonical(data: bytes, study_id: str) -> Study:
+    """The study in canonical bytes received from a peer: digest first, then parsed, then re-encoded.
+
+    Raises:
+        VerificationFailed: the bytes are not those that `study_id` names.
+        ConfigError: they are, and are still no study this release understands.
+    """
+    if hashlib.sha256(data).hexdigest() != study_id:
+        raise VerificationFailed("study: the bytes received do not have the study id they came with")
+    if not data.startswith(CANONICAL_PREFIX):
+        raise ConfigError("study: made for another format than lepton-fl/study/1")
+    try:
+        raw = json.loads(data[len(CANONICAL_PREFIX) :])
+    except ValueError:
+        raise ConfigError("study: canonical bytes are not JSON") from None
+    if not isinstance(raw, dict):
+        raise ConfigError("study: canonical bytes hold no table")
+    study = parse(Study, raw, file="study received")
+    if study.canonical != data:
+        raise VerificationFailed("study: the bytes received are not in canonical form")
+    return study
+
+
+def check_delta(study: Study, units: int, site: str) -> None:
+    """Refuse delta >= 1 / units: at that delta one unit of the site may be published whole.
+
+    Raises:
+        ConfigError: with the bound to go below.
+    """
+    delta = study.privacy.delta
+    if delta is not None and delta * units >= 1:
+        raise ConfigError(
+            f"study {study.study.name}: privacy.delta: found {delta:g}, allowed: below 1/{units} = "
+            f"{1 / units:.3g}, one over the training units of the smallest site ({site})",
+            fix="lower privacy.delta in study.toml",
+        )
+
+
+def override(study: Study, changes: dict[str, Any]) -> Study:
+    """A study with dotted keys replaced, checked anew: `{"privacy.epsilon": 3.0}`."""
+    raw = study.model_dump(mode="json", exclude_none=True)
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        table = raw
+        for part in path:
+            table = table.setdefault(part, {})
+        if value is None:
+            table.pop(last, None)
+        else:
+            table[last] = value
+    return parse(Study, raw, file=f"study {study.study.name}")
+
+
+def _nfc(value: Any) -> Any:
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
+    if isinstance(value, dict):
+        return {_nfc(k): _nfc(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_nfc(v) for v in value]
+    return value

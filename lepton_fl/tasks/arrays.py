@@ -1,0 +1,64 @@
+"""A model's parameters as plain arrays by name: what travels, what is hashed, what is stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from lepton_fl.errors import ProtocolError
+
+Arrays = dict[str, np.ndarray]
+"""Parameter name to float array, in the module's own order."""
+
+
+def arrays_of(model: nn.Module) -> Arrays:
+    """A copy of the parameters, float32."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+
+
+def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Overwrite the parameters.
+
+    Raises:
+        ProtocolError: names, shapes or finiteness are not as the model's.
+    """
+    parameters = dict(model.named_parameters())
+    check_like(arrays, {name: p.detach().cpu().numpy() for name, p in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name], dtype=np.float32)))
+
+
+def check_like(arrays: Mapping[str, np.ndarray], template: Mapping[str, np.ndarray]) -> None:
+    """Refuse arrays whose names, shapes or kind differ from `template`, or that are not finite.
+
+    Raises:
+        ProtocolError: naming the first difference; never a value.
+    """
+    if list(arrays) != list(template):
+        missing, extra = sorted(set(template) - set(arrays)), sorted(set(arrays) - set(template))
+        raise ProtocolError(f"arrays: names differ from the model's: missing {missing}, extra {extra}")
+    for name, expected in template.items():
+        found = arrays[name]
+        if found.shape != expected.shape:
+            raise ProtocolError(f"arrays: {name} has shape {found.shape}, model has {expected.shape}")
+        if found.dtype.kind != "f":
+            raise ProtocolError(f"arrays: {name} has type {found.dtype}, model has {expected.dtype}")
+        if not np.isfinite(found).all():
+            raise ProtocolError(f"arrays: {name} holds values that are not finite")
+
+
+def model_hash(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over name, type, shape and little-endian bytes of every tensor, in order of name."""
+    digest = hashlib.sha256(b"lepton-fl/model/1\n")
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        shape = ",".join(str(n) for n in array.shape)
+        digest.update(f"{len(name)}:{name}|{little.dtype.str}|{shape}|{little.nbytes}\n".encode())
+        digest.update(little.tobytes())
+    return digest.hexdigest()

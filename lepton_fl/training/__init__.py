@@ -1,0 +1,11 @@
+"""Training at one site: DP-SGD with Opacus. The only package that imports opacus."""
+
+from lepton_fl.training.local import LocalPlan, LocalUpdate, train_locally
+from lepton_fl.training.noise import SimulationNoise
+
+__all__ = [
+    "LocalPlan",
+    "LocalUpdate",
+    "SimulationNoise",
+    "train_locally",
+]

@@ -1,0 +1,219 @@
+"""DP-SGD at one site, with Opacus. Legend: N records, U units, B records in a batch, F features.
+
+Opacus computes per-record gradients (hooks) and does the clipping, the noise and the division; what is
+ours is what it leaves to its loader and engine, and what measurements showed to go wrong there: exact
+Poisson sampling at the study's own rate, units of several records, the public divisor, and a statement
+of the mechanism that really ran.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from opacus.grad_sample import GradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from lepton_fl.errors import ConfigError
+from lepton_fl.privacy.accounting import Gaussian
+from lepton_fl.privacy.guarantee import Guarantee
+from lepton_fl.study import Study
+from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays
+from lepton_fl.tasks.task import TaskSpec
+from lepton_fl.training.noise import SimulationNoise
+
+MICRO_BATCH_UNITS = 2048
+"""Units whose per-record gradients are held at once. Speed and memory only: the result is the same."""
+NO_CLIP = 1e30
+"""Above any gradient, and finite: Opacus multiplies it by a noise multiplier of 0."""
+
+
+class Trainable(Protocol):
+    """What training needs of a site's table."""
+
+    @property
+    def x_NF(self) -> np.ndarray: ...
+    @property
+    def y_N(self) -> np.ndarray: ...
+    @property
+    def unit_N(self) -> np.ndarray: ...
+    @property
+    def units(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPlan:
+    """One round of training at one site. Every number is the study's; none is the site's own."""
+
+    clip: float
+    """L2 bound on one unit's summed gradient; `NO_CLIP` without privacy."""
+    noise_multiplier: float
+    """Standard deviation of this site's noise on the sum, divided by `clip`; 0 if noise is not its job."""
+    sample_rate: float
+    expected_batch: float
+    """Public divisor of the summed gradient, in units."""
+    steps: int
+    optimizer: Literal["sgd", "adam"]
+    lr: float
+
+    @classmethod
+    def of(cls, study: Study, guarantee: Guarantee) -> LocalPlan:
+        """What the study asks of a site in one round.
+
+        Raises:
+            ConfigError: the study declares no expected batch.
+        """
+        train = study.train
+        if train.expected_batch is None:
+            raise ConfigError(
+                f"study {study.study.name}: train.expected_batch is not declared, and a site's own size "
+                "is not public",
+                fix="set train.expected_batch to sample_rate x the units of a typical site",
+            )
+        lockstep = train.strategy == "lockstep"
+        event = guarantee.event
+        local = study.privacy.noise == "local" and event is not None
+        return cls(
+            clip=study.privacy.clip if event is not None else NO_CLIP,
+            noise_multiplier=event.noise_multiplier if local and event is not None else 0.0,
+            sample_rate=train.sample_rate,
+            expected_batch=train.expected_batch,
+            steps=train.local_steps,
+            # Under lockstep the server holds the optimizer; a site's delta is minus its gradient.
+            optimizer="sgd" if lockstep else train.optimizer,
+            lr=1.0 if lockstep else train.lr,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalUpdate:
+    """What a round of local training gives, and the mechanism that gave it."""
+
+    delta: Arrays
+    """Trained minus received parameters, float32."""
+    steps: int
+    """Steps taken, empty batches included."""
+    sampling_rate: float
+    noise_multiplier: float
+    """Of the noise in `delta`; 0 where this site added none."""
+    clip: float
+
+    def is_within(self, event: Gaussian, *, clip: float, local_noise: bool) -> bool:
+        """Whether what ran costs no more than `event`, clipped at `clip`."""
+        return (
+            self.steps <= event.steps
+            and self.sampling_rate <= event.sampling_rate
+            and self.clip <= clip
+            and (not local_noise or self.noise_multiplier >= event.noise_multiplier)
+        )
+
+
+def train_locally(
+    model: nn.Module,
+    task: TaskSpec,
+    arrays: Arrays,
+    table: Trainable,
+    plan: LocalPlan,
+    noise: SimulationNoise,
+    round: int,
+) -> LocalUpdate:
+    """`plan.steps` steps of DP-SGD from `arrays` on `table`.
+
+    **Formal guarantee.** Each step releases sum over sampled units of clip(sum over the unit's records of
+    the gradient) + N(0, (noise_multiplier * clip)^2), divided by a public constant; each unit is sampled
+    independently with probability `sample_rate`. A step whose batch is empty is a step like any other,
+    noise included. So the update is the `steps`-fold composition of the Poisson-subsampled Gaussian
+    mechanism under adding or removing one unit (Abadi et al. 2016, Algorithm 1).
+
+    Raises:
+        ProtocolError: `arrays` do not fit the model or are not finite.
+    """
+    load_arrays(model, arrays)
+    model.train()
+    x_NF, y_N = torch.from_numpy(table.x_NF), torch.from_numpy(table.y_N)
+    sampling, noising = noise.torch("sample", round), noise.torch("noise", round)
+    records = _RecordsOfUnits(table.unit_N, table.units)
+    hooks = GradSampleHooks(model, loss_reduction="sum")
+    optimizer = DPOptimizer(
+        _inner_optimizer(model, plan),
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.clip,
+        expected_batch_size=plan.expected_batch,
+        loss_reduction="mean",
+        generator=noising,
+    )
+    try:
+        for _ in range(plan.steps):
+            sampled = _poisson_sample(table.units, plan.sample_rate, sampling)
+            # At least one chunk: an empty batch still makes its noisy step.
+            chunks = torch.split(sampled, MICRO_BATCH_UNITS) or (sampled,)
+            for number, chunk in enumerate(chunks, start=1):
+                index_B, owner_B = records.of(chunk)
+                optimizer.zero_grad(set_to_none=True)
+                if len(index_B):
+                    # An input that requires grad: torch warns of a backward hook without one.
+                    x_BF = x_NF[index_B].requires_grad_()
+                    task.loss(model(x_BF), y_N[index_B]).backward()
+                _sum_by_unit(model, owner_B, len(chunk))
+                optimizer.signal_skip_step(do_skip=number < len(chunks))
+                optimizer.step()
+    finally:
+        hooks.cleanup()
+    trained = arrays_of(model)
+    return LocalUpdate(
+        delta={name: trained[name] - arrays[name].astype(np.float32) for name in trained},
+        steps=plan.steps,
+        sampling_rate=plan.sample_rate,
+        noise_multiplier=plan.noise_multiplier,
+        clip=plan.clip,
+    )
+
+
+def _inner_optimizer(model: nn.Module, plan: LocalPlan) -> torch.optim.Optimizer:
+    if plan.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=plan.lr)
+    return torch.optim.SGD(model.parameters(), lr=plan.lr)
+
+
+def _poisson_sample(units: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Indices of the sampled units: each independently with probability `rate`."""
+    # float64: in float32 `rand < q` raises a q of 1e-5 by 1.4e-3 of itself.
+    draw_U = torch.rand(units, dtype=torch.float64, generator=generator)
+    return torch.nonzero(draw_U < rate).squeeze(1)
+
+
+class _RecordsOfUnits:
+    """Looks up the records of sampled units."""
+
+    def __init__(self, unit_N: np.ndarray, units: int) -> None:
+        self._one_each = len(unit_N) == units
+        # Records grouped by unit: unit u owns _order[_start[u] : _start[u + 1]].
+        order = np.argsort(unit_N, kind="stable")
+        self._order_N = torch.from_numpy(order)
+        counts_U = np.bincount(unit_N, minlength=units)
+        self._count_U = torch.from_numpy(counts_U)
+        self._start_U = torch.from_numpy(np.concatenate([[0], np.cumsum(counts_U)[:-1]]))
+
+    def of(self, unit_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Record indices [B] of the sampled units [S], and each record's position in the sample [B]."""
+        if self._one_each:
+            return self._order_N[unit_S], torch.arange(len(unit_S))
+        count_S = self._count_U[unit_S]
+        owner_B = torch.repeat_interleave(torch.arange(len(unit_S)), count_S)
+        first_S = torch.cumsum(count_S, 0) - count_S
+        within_B = torch.arange(len(owner_B)) - first_S[owner_B]
+        return self._order_N[self._start_U[unit_S][owner_B] + within_B], owner_B
+
+
+def _sum_by_unit(model: nn.Module, owner_B: Tensor, units: int) -> None:
+    """Turn each parameter's per-record gradients [B, ...] into per-unit ones [units, ...]."""
+    for parameter in model.parameters():
+        per_unit = torch.zeros((units, *parameter.shape), dtype=parameter.dtype)
+        # Nobody sampled: Opacus has attached nothing, and a step of noise alone is due.
+        per_record = getattr(parameter, "grad_sample", None)
+        if per_record is not None:
+            per_unit.index_add_(0, owner_B, per_record)
+        parameter.grad_sample = per_unit  # type: ignore[attr-defined]

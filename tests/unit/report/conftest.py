@@ -1,0 +1,37 @@
+"""A run over the four hospitals of the heart-disease data, with one of everything.
+
+Switzerland's held-out records are of one class, Long Beach loses by joining, Hungary released a
+metric without noise, and three rounds lost a site.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lepton_fl.results import Results, read_results
+
+
+@pytest.fixture
+def hospitals() -> Results:
+    return read_results(Path(__file__).with_name("hospitals.json"))
+
+
+@pytest.fixture
+def hostile(hospitals: Results) -> Results:
+    """Study, site and every other free text try to be a script."""
+    evil = "<script>alert(1)</script>"
+    text = hospitals.model_dump_json().replace("long-beach", evil)
+    return Results.model_validate_json(text).model_copy(
+        update={
+            "study_name": evil,
+            "purpose": evil,
+            "verdict": evil,
+            "labels": (evil,),
+            "run_id": evil,
+            "command": evil,
+            "hardware": evil,
+            "versions": {evil: evil},
+        }
+    )

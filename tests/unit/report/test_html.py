@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import plotly.graph_objects as go
+import pytest
+from plotly.offline import get_plotlyjs
+
+from lepton_fl.report import html
+from lepton_fl.report.html import render_html
+from lepton_fl.results import Arm, Interval, Results
+
+
+def without_plotly(page: str) -> str:
+    return page.replace(get_plotlyjs(), "")
+
+
+def section(page: str, name: str) -> str:
+    """The part of the page under the heading `name`."""
+    return re.search(rf'<section aria-labelledby="{name}">(.*?)</section>', page, re.S)[1]
+
+
+def text(markup: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", markup).split())
+
+
+@pytest.fixture
+def page(hospitals: Results) -> str:
+    return without_plotly(render_html(hospitals))
+
+
+def test_plotly_is_inlined_once(hospitals):
+    """The page carries plotly.js itself, and only one copy of it."""
+    page = render_html(hospitals)
+
+    assert page.count(get_plotlyjs()) == 1
+
+
+def test_nothing_is_loaded(page):
+    """No script, style, image or font comes from anywhere but the file."""
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//)""", page, re.I)
+    assert "<link" not in page
+    assert not re.search(r"url\(|@import", page)
+
+
+def test_browser_is_told_to_load_nothing(page):
+    """The content security policy starts from nothing and names no address."""
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+
+    assert policy.startswith("default-src &#39;none&#39;;")
+    assert "http" not in policy
+    assert "unsafe-eval" not in policy
+    assert "unsafe-inline" not in re.search(r"script-src([^;]*);", policy)[1]
+
+
+def test_names_cannot_run_as_script(hostile):
+    """A study or a site called <script> appears as text, in tables and in the charts' data."""
+    page = without_plotly(render_html(hostile))
+
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert page.count("<script") == page.count("</script") == 3
+
+
+def test_names_cannot_be_links_in_a_chart(hospitals):
+    """plotly reads tags in the text it draws: it is handed names with their tags escaped."""
+    link = '<a href=\\"https://bank.example\\">hungary</a>'
+    named = Results.model_validate_json(hospitals.model_dump_json().replace("hungary", link))
+
+    drawn = json.dumps(html._figures(named))
+
+    assert "<a " not in drawn
+    assert "&lt;a " in drawn
+
+
+def test_sections_come_in_order(page):
+    """The reader meets the parts in the order that the contract gives them."""
+    parts = ["band", "verdict", "tiles", "by-site", "utility", "promise-table", "ledger-table"]
+    parts += ["epsilon-by-round", "time-line", "drops-table", "reproduce-table"]
+    body = page[page.index("<body>") :]
+    found = [re.search(rf'(class|id)="{part}"', body).start() for part in parts]
+
+    assert found == sorted(found)
+
+
+def test_labels_are_in_the_band(page, hospitals):
+    """What a reader must know before any figure stands at the top, visibly."""
+    band = re.search(r'<aside class="band".*?</aside>', page, re.S)[0]
+
+    assert all(f"<li>{label}</li>" in band for label in hospitals.labels)
+    assert "SIMULATED" in hospitals.labels
+
+
+@pytest.mark.parametrize("status", ["interrupted", "stopped"])
+def test_unfinished_run_says_so_in_the_band(hospitals, status):
+    """Figures of half a run are not mistaken for those of a whole one."""
+    half = hospitals.model_copy(update={"status": status, "rounds": hospitals.rounds[:17]})
+
+    band = re.search(r'<aside class="band".*?</aside>', render_html(half), re.S)[0]
+
+    assert status in band
+    assert "17 of 40 rounds" in band
+
+
+def test_losers_are_told_to_keep_their_own_model(page):
+    """Only the site where federated is behind its own model is marked, in words and in a row."""
+    rows = re.findall(r"<tr><th scope=\"row\">([^<]*)</th>(.*?)</tr>", section(page, "sites"), re.S)
+    marked = [site for site, cells in rows if "keep your own model" in cells]
+
+    assert marked == ["long-beach"]
+    assert "long-beach : keep your own model . There the federated model reaches 0.662" in text(page)
+
+
+def test_undefined_metric_is_worded(page):
+    """Switzerland has no AUC, and the reason is given instead of a number."""
+    words = "AUC not defined: only one class among the held-out records"
+
+    assert f"switzerland : {words}" in text(section(page, "sites"))
+    assert "None" not in text(page)
+
+
+def test_release_without_noise_is_red(page):
+    """What left a site un-noised is printed in red, at that site."""
+    red = re.findall(r'<(?:p|span) class="released">(.*?)</', section(page, "privacy"))
+
+    assert "hungary released without noise: AUC on held-out records" in red
+    assert "released without noise: AUC on held-out records" in red
+    assert re.search(r"\.released \{ color: var\(--red\)", page)
+
+
+def test_gain_shows_its_paired_interval(page):
+    """The first tile says how sure the difference is, and that it may be nothing."""
+    tile = text(re.search(r'id="tile-gain">.*?<div class="tile"', page, re.S)[0])
+
+    assert "+0.015 AUC" in tile
+    assert "[-0.009, +0.041] : it may be nothing" in tile
+    assert "federated 0.814 [0.757, 0.866] local 0.799 [0.738, 0.853]" in tile
+
+
+def test_gain_without_pairs_is_the_difference_of_the_means(hospitals):
+    """A run that compared nothing in pairs shows the difference, and no interval for it."""
+    page = without_plotly(render_html(hospitals.model_copy(update={"gain": None})))
+    tile = text(re.search(r'id="tile-gain">.*?<div class="tile"', page, re.S)[0])
+
+    assert "+0.015 AUC" in tile
+    assert "may be nothing" not in tile
+
+
+def test_epsilon_tile_shows_the_most_spent_site(page):
+    """6.4412 of 8 at hungary, rounded up, with its unit, delta and whom it holds against."""
+    tile = text(re.search(r'id="tile-epsilon">.*?<div class="tile"', page, re.S)[0])
+
+    assert "6.45 of 8 allowed" in tile
+    assert "per record at hungary, delta 1e-4" in tile
+    assert "holds against: the server and readers of the model" in tile
+
+
+def test_study_without_noise_has_no_bound(hospitals):
+    """noise = none never shows an epsilon, whatever earlier studies spent."""
+    promise = hospitals.promise.model_copy(
+        update={"noise": "none", "epsilon": None, "delta": None, "noise_multiplier": None}
+    )
+    rounds = tuple(r.model_copy(update={"epsilon": None}) for r in hospitals.rounds)
+    bare = hospitals.model_copy(update={"promise": promise, "rounds": rounds})
+
+    page = without_plotly(render_html(bare))
+
+    assert "no bound" in re.search(r'id="tile-epsilon">.*?<div class="tile"', page, re.S)[0]
+    assert "The study promises no privacy per record" in text(section(page, "privacy"))
+    assert 'id="epsilon-by-round"' not in page
+
+
+def test_every_caption_states_its_evidence(page):
+    """n, seeds, resamples and what the interval is over stand under every chart."""
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S)
+
+    assert len(captions) == page.count('class="chart"') == 4
+    for caption in captions:
+        assert "n = 276 test records at 4 sites; 3 seeds; 1,000 bootstrap resamples" in caption
+        assert "95 % over seeds and test rows" in caption
+
+
+def test_empty_curve_says_how_to_get_one(hospitals):
+    """Without a sweep there is a command instead of an empty chart."""
+    page = without_plotly(render_html(hospitals.model_copy(update={"curve": ()})))
+
+    assert "<pre>lepton-fl quickstart</pre>" in section(page, "utility")
+    assert 'id="against-epsilon"' not in page
+
+
+def test_only_rounds_with_drops_are_listed(page):
+    """The short table names the three disturbed rounds and why; the others stay folded away."""
+    table = re.search(r'<table id="drops-table">.*?</table>', page, re.S)[0]
+
+    assert re.findall(r'<tr><td class="n">(\d+)', table) == ["13", "14", "29"]
+    assert "switzerland: connection lost" in table
+
+
+def test_everything_needed_to_reproduce_is_there(page, hospitals):
+    """Command, study id, model digest, versions, hardware, seeds, start and duration."""
+    found = text(section(page, "reproduce"))
+
+    assert hospitals.command in found
+    assert hospitals.study_id in found
+    assert hospitals.model.sha256 in found
+    assert "flwr 1.41.0" in found
+    assert "seeds 1, 2, 3" in found
+    assert "duration 2 min 13 s" in found
+
+
+def test_auprc_is_spelt_out(hospitals):
+    """AUPRC is named in full, and is not drawn against the chance level of AUC."""
+    fraud = hospitals.model_copy(update={"metric": "auprc"})
+
+    page = without_plotly(render_html(fraud))
+
+    assert "AUPRC (average precision)" in text(section(page, "sites"))
+    assert "as good as chance" not in page
+
+
+def test_figures_are_valid_to_plotly(hospitals):
+    """plotly's own validators accept every figure once its colours are looked up."""
+    figures = re.sub(r'"--[a-z-]+"', '"#123456"', json.dumps(html._figures(hospitals)))
+
+    drawn = [go.Figure(figure) for figure in json.loads(figures).values()]
+
+    assert [len(figure.data) for figure in drawn] == [3, 6, 2, 2]
+
+
+def test_every_colour_of_a_figure_is_in_the_style(hospitals, page):
+    """A colour that report.css does not define would be drawn as nothing."""
+    used = set(re.findall(r'"(--[a-z-]+)"', json.dumps(html._figures(hospitals))))
+    defined = set(re.findall(r"(--[a-z-]+):", page[: page.index("@media screen")]))
+
+    assert used <= defined
+
+
+def test_long_names_leave_room_for_the_bars(hospitals):
+    """An axis label is cut; the bars still stand under the whole name, so no two sites merge."""
+    name = "universitaetsklinikum-am-see-kardiologie-"
+    data = hospitals.model_dump_json()
+    data = data.replace('"hungary"', f'"{name}1"').replace('"cleveland"', f'"{name}2"')
+
+    figure = html._figures(Results.model_validate_json(data))["by-site"]
+
+    assert f"{name}1" in figure["data"][0]["y"]
+    assert len(set(figure["data"][0]["y"])) == 4
+    assert max(map(len, figure["layout"]["yaxis"]["ticktext"])) == 24
+
+
+def test_whiskers_reach_the_interval(hospitals):
+    """mean plus and minus the whisker are the ends of the interval; none where undefined."""
+    federated = html._figures(hospitals)["by-site"]["data"][1]
+
+    assert federated["name"] == "federated"
+    assert federated["error_x"]["array"] == pytest.approx([0.055, 0.061, 0, 0.149])
+    assert federated["error_x"]["arrayminus"] == pytest.approx([0.068, 0.076, 0, 0.159])
+
+
+def test_run_that_never_began_still_has_a_report(hospitals):
+    """No arm, no round, no site: the page says so instead of failing."""
+    nothing = hospitals.model_copy(
+        update={
+            "status": "stopped",
+            "arms": (),
+            "curve": (),
+            "rounds": (),
+            "sites": (),
+            "labels": (),
+            "model": None,
+        }
+    )
+
+    page = render_html(nothing)
+
+    assert "0 of 40 rounds" in page
+    assert get_plotlyjs() not in page
+
+
+def test_interval_without_bounds_is_not_invented(hospitals):
+    """A single seed without bootstrap has a mean and no whisker."""
+    bare = Interval(mean=0.8)
+    arm = Arm(arm="federated", label="f", privacy="p", per_site={"hungary": bare}, mean=bare, seeds=1)
+
+    page = without_plotly(render_html(hospitals.model_copy(update={"arms": (arm,)})))
+
+    assert "0.800 (no interval)" in page
+    assert "not measured" in page
+
+
+def test_importing_the_report_is_cheap():
+    """plotly and jinja2 are loaded by the first page, not by the import."""
+    code = "import sys, lepton_fl.report; sys.exit(bool({'plotly', 'jinja2'} & sys.modules.keys()))"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from lepton_fl.report import render_markdown
+from lepton_fl.results import Results
+
+
+def test_table_has_a_row_for_each_site(hospitals):
+    """Site, counts, three intervals and the advice, in a Markdown table."""
+    lines = render_markdown(hospitals).splitlines()
+
+    assert "|---|---:|---|---|---|---|" in lines
+    assert (
+        "| long-beach | 60 (45) | 0.694 [0.541, 0.833] | 0.662 [0.503, 0.811] "
+        "| 0.708 [0.561, 0.844] | **keep your own model** |"
+    ) in lines
+    assert sum("keep your own model" in line for line in lines) == 1
+
+
+def test_undefined_metric_is_worded(hospitals):
+    """A site of one class says why it has no figure."""
+    row = next(s for s in render_markdown(hospitals).splitlines() if s.startswith("| switz"))
+
+    assert row.count("not defined: only one class among the held-out records") == 3
+
+
+def test_privacy_line_is_whole(hospitals):
+    """Epsilon comes with its delta, its unit and whom it holds against."""
+    found = render_markdown(hospitals)
+
+    assert "epsilon 3, delta 1e-5 per record, against: the server and readers of the model" in found
+    assert "epsilon 6.45 of 8 at hungary" in found
+    assert "**hungary released without noise: AUC on held-out records**" in found
+
+
+def test_gain_has_its_interval(hospitals):
+    """The difference that the verdict rests on is given with how sure it is."""
+    assert "Federated minus local: +0.015 [-0.009, +0.041]." in render_markdown(hospitals)
+
+
+def test_labels_come_before_any_figure(hospitals):
+    """SIMULATED stands above the first number."""
+    found = render_markdown(hospitals)
+
+    assert found.index("**SIMULATED**") < found.index("0.814")
+
+
+def test_unfinished_run_says_so(hospitals):
+    """An interrupted run is not reported as a whole one."""
+    found = render_markdown(hospitals.model_copy(update={"status": "interrupted"}))
+
+    assert "**interrupted by the user**" in found
+
+
+def test_names_stay_in_their_cell(hospitals):
+    """A site's name opens neither a cell nor a line nor a tag."""
+    named = Results.model_validate_json(
+        hospitals.model_dump_json().replace("hungary", "a | b\\n# c <img src=x> [d](e)")
+    )
+
+    found = render_markdown(named)
+
+    assert "| a \\| b \\# c &lt;img src=x&gt; \\[d\\](e) | 88 (32) |" in found
+    assert "<img" not in found
+
+
+def test_command_and_digests_are_there(hospitals):
+    """A reader can run it again and check that the model is the same."""
+    found = render_markdown(hospitals)
+
+    assert f"    {hospitals.command}\n" in found
+    assert hospitals.study_id in found
+    assert hospitals.model.sha256 in found

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from lepton_fl.report import wording
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "shown"),
+    [(2.9871, "2.99"), (2.981, "2.99"), (3.0000000000000004, "3"), (0.01234, "0.0124"), (0.0, "0")],
+)
+def test_epsilon_spent_is_rounded_up(epsilon, shown):
+    """What is printed is never less than what was spent; binary noise adds nothing."""
+    assert wording.spent(epsilon) == shown
+
+
+@pytest.mark.parametrize(
+    ("delta", "shown"), [(1e-5, "1e-5"), (2.5e-6, "2.5e-6"), (0.01, "0.01"), (1e-10, "1e-10")]
+)
+def test_delta_reads_as_in_a_paper(delta, shown):
+    """No leading zero in the exponent."""
+    assert wording.delta(delta) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(4.21, "4.2 s"), (133.4, "2 min 13 s"), (59.99, "60.0 s"), (3599.9, "1 h 00 min")],
+)
+def test_duration_reads_as_said(seconds, shown):
+    """Seconds, minutes or hours, whichever a person would say."""
+    assert wording.duration(seconds) == shown
+
+
+def test_promise_is_one_whole_sentence(hospitals):
+    """Epsilon, delta, unit and whom it holds against, together."""
+    assert wording.guarantee(hospitals.promise) == (
+        "The study promises epsilon 3, delta 1e-5 per record, against: the server and readers of "
+        "the model, provided at most 1 member colludes with the server."
+    )
