@@ -1,0 +1,315 @@
+"""What a user meets first: each mistake is one clear line with its exit code, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lepton_fl.results import read_results
+
+
+@pytest.fixture
+def replaced(short_study: Path, tmp_path: Path):
+    """A copy of the short study with one text replaced."""
+
+    def replace(old: str, new: str) -> Path:
+        text = short_study.read_text()
+        assert old in text
+        path = tmp_path / "changed.toml"
+        path.write_text(text.replace(old, new))
+        return path
+
+    return replace
+
+
+def simulate(lepton, study, *more):
+    return lepton("simulate", study, "--dataset", "heart", "--out", "run", *more)
+
+
+def refused(ended, code, *parts):
+    """One plain line, the exit code, no traceback."""
+    assert ended.code == code, ended.err
+    assert "Traceback" not in ended.err
+    assert ended.last.startswith("lepton-fl: ")
+    for part in parts:
+        assert part in ended.last
+
+
+def test_help_lists_the_commands_and_exit_codes(lepton):
+    """`--help` teaches where to begin."""
+    ended = lepton("--help")
+
+    assert ended.code == 0
+    for word in ("quickstart", "init", "plan", "simulate", "report", "budget", "Exit codes"):
+        assert word in ended.out
+
+
+def test_help_does_not_wait_for_heavy_libraries():
+    """The command line imports neither torch nor flwr before a command needs them."""
+    code = (
+        "import sys, lepton_fl.cli; "
+        "print([m for m in ('torch', 'flwr', 'opacus', 'sklearn', 'numpy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert found.stdout.strip() == "[]"
+
+
+def test_misspelt_key_names_the_nearest(lepton, replaced):
+    """A misspelt key is refused with the key that was meant."""
+    ended = simulate(lepton, replaced("sample_rate", "sampel_rate"))
+
+    refused(ended, 3, "train.sampel_rate", "did you mean 'sample_rate'?")
+
+
+def test_missing_study_file_is_refused(lepton):
+    """A study that is not there is refused with the command that makes one."""
+    refused(simulate(lepton, "nowhere.toml"), 3, "nowhere.toml", "lepton-fl init")
+
+
+def test_delta_too_large_is_refused(lepton, replaced):
+    """delta >= 1 / units of the smallest site is refused with the bound."""
+    ended = simulate(lepton, replaced("delta = 1e-3", "delta = 0.05"))
+
+    refused(ended, 3, "privacy.delta", "found 0.05", "below 1/92", "switzerland")
+
+
+def test_plan_refuses_delta_too_large(lepton, short_study):
+    """`plan` refuses it too, without data."""
+    assert lepton("plan", short_study, "--sites", "500,999").code == 0
+
+    refused(lepton("plan", short_study, "--sites", "5000,1000"), 3, "privacy.delta", "below 1/1000")
+
+
+def test_batch_norm_is_refused(lepton, replaced):
+    """A study that asks for BatchNorm is told why it cannot have it."""
+    study = replaced('name = "auto"', 'name = "mlp"\nnormalization = "batch"')
+
+    refused(simulate(lepton, study), 3, "model.normalization", "BatchNorm mixes the records")
+
+
+def test_unwritable_output_folder_is_refused_before_training(lepton, short_study):
+    """An output folder that cannot be made is refused at once."""
+    ended = lepton("simulate", short_study, "--dataset", "heart", "--out", "/dev/null/run")
+
+    refused(ended, 3, "/dev/null/run", "cannot write here", "--out")
+    assert "training" not in ended.err
+
+
+def test_unknown_dataset_lists_the_known(lepton, short_study):
+    """A data set that does not exist is refused with those that do."""
+    refused(lepton("simulate", short_study, "--dataset", "hart"), 3, "heart", "cancer")
+
+
+def test_too_few_sites_for_the_study(lepton, short_study):
+    """Fewer sites than the study's smallest cohort: exit 6."""
+    refused(simulate(lepton, short_study, "--sites", "2"), 6, "2 sites", "min_sites asks 3")
+
+
+def csv_of(tmp_path: Path, change) -> Path:
+    """Three sites of 60 rows with columns age and y; `change` edits the last site's lines."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        lines = ["age,y"] + [f"{20 + (7 * i + number) % 30},{i % 2}" for i in range(60)]
+        if number == 2:
+            lines = change(lines)
+        (folder / f"bank-{number}.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+TINY = """
+[study]
+name = "tiny"
+[task]
+kind = "binary"
+target = "y"
+[privacy]
+epsilon = 3.0
+delta = 1e-3
+[secure_aggregation]
+enabled = false
+[train]
+rounds = 2
+sample_rate = 0.5
+lr = 0.1
+[features.columns.age]
+type = "float"
+range = [0, 100]
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda lines: ["AGE,y", *lines[1:]], ("bank-2.csv", "age", "[data.columns]")),
+        (lambda lines: [*lines[:5], "fifty,1", *lines[6:]], ("bank-2.csv", "'age'", "1 of 60")),
+        (lambda lines: [*lines[:5], "inf,1", *lines[6:]], ("bank-2.csv", "'age'", "1 of 60")),
+        (lambda lines: [*lines[:5], ",1", *lines[6:]], ("bank-2.csv", "'age'", 'missing = "flag"')),
+        (lambda lines: [*lines[:5], "1,2,3", *lines[6:]], ("bank-2.csv", "line 6")),
+        (lambda lines: [], ("bank-2.csv", "empty")),
+    ],
+    ids=["missing column", "text in a float", "infinite", "missing cell", "ragged line", "empty file"],
+)
+def test_bad_table_is_one_line_with_column_and_count(lepton, tmp_path, change, parts):
+    """A site's broken table names file, column and count, and no value."""
+    folder = csv_of(tmp_path, change)
+    (tmp_path / "tiny.toml").write_text(TINY)
+
+    ended = lepton("simulate", "tiny.toml", "--data", folder, "--out", "run")
+
+    refused(ended, 3, *parts)
+    assert "fifty" not in ended.err
+
+
+def test_simulate_over_a_folder_of_csv_files(lepton, tmp_path):
+    """One CSV file for each site is all that a simulation of one's own data needs."""
+    folder = csv_of(tmp_path, lambda lines: lines)
+    (tmp_path / "tiny.toml").write_text(TINY)
+
+    ended = lepton("simulate", "tiny.toml", "--data", folder, "--out", "run", "--json")
+
+    assert ended.code == 0, ended.err
+    assert [site["site"] for site in json.loads(ended.out)["sites"]] == ["bank-0", "bank-1", "bank-2"]
+    assert "simulation noise" in ended.err
+
+
+def test_same_command_and_seed_give_the_same_model(lepton, short_study, tmp_path):
+    """The model's digest depends on the study, the data and the seed alone."""
+    digests = []
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        args = ("--dataset", "heart", "--compare", "federated", "--seed", seed, "--out", out)
+        assert lepton("simulate", short_study, *args).code == 0
+        digests.append(read_results(tmp_path / out / "results.json").model.sha256)
+
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_run_is_not_overwritten(lepton, short_study):
+    """A second run into the same folder is refused."""
+    assert simulate(lepton, short_study, "--compare", "federated").code == 0
+
+    refused(simulate(lepton, short_study), 3, "holds a run already", "--resume")
+
+
+def test_budget_is_spent_over_runs_until_exit_4(lepton, short_study, tmp_path):
+    """Runs against the same policies add up; the one that does not fit is refused in one line."""
+    codes = []
+    for number in range(3):
+        ended = lepton(
+            *("simulate", short_study, "--dataset", "heart", "--compare", "federated"),
+            *("--policies", "sites", "--out", f"run-{number}"),
+        )
+        codes.append(ended.code)
+
+    assert codes[0] == 0
+    assert codes[-1] == 4
+    refused(ended, 4, "privacy budget", "spent epsilon", "policy.toml", "lepton-fl budget show")
+    assert not (tmp_path / "run-2").exists()
+    shown = json.loads(lepton("budget", "show", "sites", "--json").out)
+    assert {b["site"] for b in shown} == {"cleveland", "hungary", "long-beach", "switzerland"}
+    assert all(0 < b["epsilon_spent"] <= b["epsilon_allowed"] for b in shown)
+    assert lepton("budget", "plan", short_study, "sites").code == 4
+
+
+def test_budget_show_of_a_site_that_spent_nothing(lepton):
+    """Looking at a budget makes no ledger and spends nothing."""
+    lepton("init", "site", "--template", "fraud")
+
+    shown = json.loads(lepton("budget", "show", "-c", "site/site.toml", "--json").out)
+
+    assert shown[0]["epsilon_spent"] == 0
+    assert shown[0]["epsilon_left"] == 10.0
+
+
+def test_interrupt_keeps_partial_results(lepton, short_study, tmp_path):
+    """Ctrl-C in mid-run: what there is is written, said so, and can be gone on with."""
+    short_study.write_text(short_study.read_text().replace("rounds = 3", "rounds = 2000"))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lepton_fl", "simulate", short_study, "--dataset", "heart", "--out", "run"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A test runner in the background ignores SIGINT, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any("round" in line for line in [run.stderr.readline()]):
+            assert time.monotonic() < deadline
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+
+    assert run.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted after" in err.strip().splitlines()[-1]
+    results = read_results(tmp_path / "run" / "results.json")
+    assert results.status == "interrupted"
+    assert results.model is not None
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_plan_states_sigma_epsilon_and_bytes(lepton, short_study):
+    """A plan needs no data, and warns of a site that is too small."""
+    ended = lepton("plan", short_study, "--epsilon", "0.1,3", "--sites", "300,60", "--json")
+
+    found = json.loads(ended.out)
+    assert [o["epsilon"] for o in found["options"]] == [0.1, 3.0]
+    assert found["options"][0]["noise_multiplier"] > found["options"][1]["noise_multiplier"]
+    assert found["bytes_per_round_up"] == 4 * found["numbers_per_round"]
+    assert "too small" in found["options"][0]["warnings"][0]
+    assert max(found["options"][1]["epsilon_by_round"].values()) <= 3.0
+
+
+@pytest.mark.parametrize("template", ["diagnosis", "fraud", "credit"])
+def test_every_template_is_accepted(lepton, template):
+    """What `init` writes is what the other commands read, and one run of it fits its own policy."""
+    assert lepton("init", "new", "--template", template).code == 0
+
+    shown = lepton("study", "show", "new/study.toml")
+    planned = lepton("budget", "plan", "new/study.toml", "new/policy.toml")
+
+    assert shown.code == 0, shown.err
+    assert planned.code == 0, planned.err
+
+
+def test_data_check_prints_counts_and_no_value(lepton, tmp_path):
+    """`data check` judges a table as a run would, in counts."""
+    folder = csv_of(tmp_path, lambda lines: [*lines[:5], "fifty,1", *lines[6:]])
+    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "site.toml").write_text(
+        f'[site]\nid = "bank-2"\n[data]\nsource = "{folder / "bank-2.csv"}"\n'
+    )
+
+    ended = lepton("data", "check", "-c", "site.toml", "--study", "tiny.toml")
+
+    refused(ended, 3, "'age'", "1 of 60")
+    assert "fifty" not in ended.out + ended.err
+    assert "60 rows" in ended.out
+
+
+def test_approve_is_what_a_manual_policy_waits_for(lepton, short_study, tmp_path):
+    """`study approve` shows what would leave, and records the approval of this very study."""
+    ended = lepton("study", "approve", short_study, "-c", short_study.parent / "site.toml", "--yes")
+
+    assert ended.code == 0
+    assert "Each round releases 43 numbers" in ended.out
+    assert (short_study.parent / "state" / "approvals.jsonl").exists()
+
+
+def test_report_in_every_format(lepton, short_study, tmp_path):
+    """A run's report can be written again in each form."""
+    assert simulate(lepton, short_study).code == 0
+    for form in ("html", "md", "json"):
+        ended = lepton("report", "run", "--format", form)
+        assert ended.code == 0
+        assert Path(tmp_path, ended.out.strip()).stat().st_size > 500
