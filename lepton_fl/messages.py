@@ -11,7 +11,6 @@ import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -40,7 +39,19 @@ _ERROR_BASE = 1000
 """Above Flower's own error codes; the rest is the exit code of the error's class."""
 _INTERNAL = _ERROR_BASE + 1
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_MAX_HEADER = 4096
+_SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_STUDY = 4 << 20
+"""Bytes. A study of ten thousand columns has about one million."""
+_MAX_COHORT = 10_000
+_MAX_REASON = 200
+
+# Exactly what numpy itself writes for a number type, format 1.0. Its own reader evaluates the header as a
+# Python literal, and allocates what the header claims before it looks at the length.
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<size>..)(?P<header>\{'descr': '(?P<type><[fiu][248]|\|[biu]1)', "
+    rb"'fortran_order': False, 'shape': (?P<shape>\([0-9, ]{0,200}\)), \} *\n)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +65,11 @@ class Assignment:
     """1, 2, ...; 0 in messages that belong to no round. Never used twice in a run."""
     cohort: tuple[str, ...]
     """Names of the sites of this round, sorted; empty in a `JOIN`, before there is one."""
+
+
+def is_site_name(name: str) -> bool:
+    """Whether `name` can be a site's: 1 to 64 letters, digits, dots, dashes and underscores."""
+    return _SITE.fullmatch(name) is not None
 
 
 def identify(run: str, node: int) -> None:
@@ -92,13 +108,19 @@ def read_assignment(message: Message) -> Assignment:
     run, cohort, number = config.get("run"), config.get("cohort"), config.get(ROUND)
     if not (isinstance(canonical, bytes) and isinstance(study_id, str)):
         raise BadRequest("message: carries no study")
+    if len(canonical) > _MAX_STUDY:
+        raise BadRequest(f"message: a study of {len(canonical)} bytes, at most {_MAX_STUDY} are read")
     if not (isinstance(run, str) and _RUN_ID.fullmatch(run)):
         raise BadRequest("message: carries no run id")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise BadRequest("message: carries no round")
     if not isinstance(cohort, list) or not all(isinstance(name, str) for name in cohort):
         raise BadRequest("message: carries no cohort")
+    if len(cohort) > _MAX_COHORT:
+        raise BadRequest(f"message: a cohort of {len(cohort)} sites, at most {_MAX_COHORT} are read")
     names = tuple(str(name) for name in cohort)
+    if not all(is_site_name(name) for name in names):
+        raise BadRequest("message: the cohort names what is no site")
     if list(names) != sorted(set(names)):
         raise BadRequest("message: the cohort is not sorted, or names a site twice")
     return Assignment(study=_parsed(canonical, study_id), run=run, round=number, cohort=names)
@@ -111,7 +133,7 @@ def _parsed(canonical: bytes, study_id: str) -> Study:
 
 def to_record(arrays: dict[str, np.ndarray]) -> ArrayRecord:
     """Arrays by name as a Flower record."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
+    return ArrayRecord({name: Array(np.asarray(a, order="C")) for name, a in arrays.items()})
 
 
 def from_record(record: ArrayRecord) -> dict[str, np.ndarray]:
@@ -124,19 +146,19 @@ def from_record(record: ArrayRecord) -> dict[str, np.ndarray]:
 
 
 def _read_array(name: str, array: Array) -> np.ndarray:
-    # numpy's own loader allocates what the header claims before it looks at the length.
-    buffer = BytesIO(array.data)
-    try:
-        version = np.lib.format.read_magic(buffer)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(buffer, max_header_size=_MAX_HEADER)
-    except (ValueError, SyntaxError, TypeError, EOFError):
-        raise BadReply(f"arrays: {name} is not in NumPy's format 1.0") from None
-    start = buffer.tell()
+    found = _NPY.match(array.data) if array.stype == "numpy.ndarray" else None
+    if found is None or len(found["header"]) != int.from_bytes(found["size"], "little"):
+        raise BadReply(f"arrays: {name} is not numbers in NumPy's format 1.0")
+    dtype = np.dtype(found["type"].decode())
+    shape = tuple(int(n) for n in re.findall(rb"\d+", found["shape"]))
     size = math.prod(shape) * dtype.itemsize
-    plain = array.stype == "numpy.ndarray" and version == (1, 0) and not fortran and not dtype.hasobject
-    if not plain or any(n < 0 for n in shape) or len(array.data) - start != size:
+    if repr(shape).encode() != found["shape"] or len(array.data) - found.end() != size:
         raise BadReply(f"arrays: {name} does not hold what its header says")
-    return np.frombuffer(array.data, dtype=dtype, offset=start).reshape(shape).copy()
+    try:
+        return np.frombuffer(array.data, dtype=dtype, offset=found.end()).reshape(shape).copy()
+    except (ValueError, OverflowError):
+        # No bytes at all, and a shape that numpy cannot count.
+        raise BadReply(f"arrays: {name} does not hold what its header says") from None
 
 
 def update_reply(
@@ -154,6 +176,12 @@ def error_reply(message: Message, error: LeptonError | None) -> Message:
     if error is None:
         return Message(Error(_INTERNAL, "internal error at the site"), reply_to=message)
     return Message(Error(_ERROR_BASE + error.exit_code, error.public), reply_to=message)
+
+
+def refusal_reason(reply: Message) -> str:
+    """Why the sender of an error reply says that it refuses: its own words, so short and printable."""
+    said = "".join(c for c in reply.error.reason or "" if c.isprintable())
+    return said[:_MAX_REASON] or "error at the site"
 
 
 def refusal_exit_code(reply: Message) -> int:

@@ -260,6 +260,14 @@ class Study(Strict):
     features: Features
     evaluation: Evaluation = Evaluation()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_form_of_text(cls, raw: Any) -> Any:
+        try:
+            return _one_form(raw)
+        except RecursionError:
+            raise ValueError("tables or arrays are nested too deeply") from None
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Study:
         if self.privacy.noise == "shared":
@@ -289,7 +297,7 @@ class Study(Strict):
         say what the study means and not how its file was typed.
         """
         text = json.dumps(
-            _nfc(self.model_dump(mode="json")),
+            _one_form(self.model_dump(mode="json")),
             sort_keys=True,
             separators=(",", ":"),
             ensure_ascii=False,
@@ -345,7 +353,7 @@ def parse_canonical(data: bytes, study_id: str) -> Study:
         raise ConfigError("study: made for another format than lepton-fl/study/1")
     try:
         raw = json.loads(data[len(CANONICAL_PREFIX) :])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError("study: canonical bytes are not JSON") from None
     if not isinstance(raw, dict):
         raise ConfigError("study: canonical bytes hold no table")
@@ -378,6 +386,8 @@ def override(study: Study, changes: dict[str, Any]) -> Study:
         table = raw
         for part in path:
             table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"study {study.study.name}: {dotted}: {part!r} is a value, not a table")
         if value is None:
             table.pop(last, None)
         else:
@@ -385,11 +395,17 @@ def override(study: Study, changes: dict[str, Any]) -> Study:
     return parse(Study, raw, file=f"study {study.study.name}")
 
 
-def _nfc(value: Any) -> Any:
+def _one_form(value: Any) -> Any:
+    """Text in Unicode's composed form and no negative zero: what means the same is the same."""
     if isinstance(value, str):
         return unicodedata.normalize("NFC", value)
     if isinstance(value, dict):
-        return {_nfc(k): _nfc(v) for k, v in value.items()}
+        table = {_one_form(k): _one_form(v) for k, v in value.items()}
+        if len({str(key).strip() for key in table}) < len(value):
+            raise ValueError("two keys read the same and are typed differently; keep one")
+        return table
     if isinstance(value, list):
-        return [_nfc(v) for v in value]
+        return [_one_form(v) for v in value]
+    if isinstance(value, float):
+        return value + 0.0
     return value

@@ -24,7 +24,7 @@ from lepton_fl.cli.terminal import (
     print_table,
     say,
 )
-from lepton_fl.errors import ConfigError
+from lepton_fl.errors import ConfigError, LeptonError
 
 if TYPE_CHECKING:
     from lepton_fl.data import Table
@@ -535,10 +535,17 @@ def _run(plan: Plan, *, as_json: bool, open_report: bool) -> None:
     from lepton_fl.report import write_report
     from lepton_fl.simulation import simulate as run_simulation
 
-    _log_to(plan.out / "run.log")
+    log = _log_to(plan.out / "run.log")
     say(Guarantee.of(plan.study).sentence())
-    with display_for(plan.study.task.metric, f"{SIMULATED}, {SIMULATION_NOISE}") as display:
-        results = run_simulation(plan, display)
+    try:
+        with display_for(plan.study.task.metric, f"{SIMULATED}, {SIMULATION_NOISE}") as display:
+            results = run_simulation(plan, display)
+    except LeptonError:
+        # Refused before anything was trained: there is no run to keep a folder for.
+        if {path.name for path in plan.out.iterdir()} <= {log.name}:
+            log.unlink(missing_ok=True)
+            plan.out.rmdir()
+        raise
     path = write_report(results, plan.out, "html")
     if as_json:
         typer.echo(results.model_dump_json(indent=1))
@@ -638,7 +645,7 @@ def _command() -> str:
     return shlex.join(["lepton-fl", *sys.argv[1:]])
 
 
-def _log_to(path: Path) -> None:
+def _log_to(path: Path) -> Path:
     """The library's log goes to the run's folder: the terminal shows what a person must know."""
     logger = logging.getLogger("lepton_fl")
     handler = logging.FileHandler(path, encoding="utf-8")
@@ -649,3 +656,4 @@ def _log_to(path: Path) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    return path

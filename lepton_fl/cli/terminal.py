@@ -77,12 +77,15 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    out = console()
+    # Plain aligned lines where there is no terminal: frames are for eyes, not for grep.
+    table = Table() if out.is_terminal else Table(box=None, pad_edge=False)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+    out.print(Text(title, style="bold"), soft_wrap=True)
+    out.print(table)
 
 
 def print_json(value: object) -> None:

@@ -6,6 +6,7 @@ aggregated. A run that is resumed begins after `started`, since a site charges a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,11 @@ class Checkpoint:
             "run": self.run,
             "started": str(self.started),
             "done": str(self.done),
-            "model-hash": model_hash(self.model),
             "names": json.dumps(list(self.model)),
         }
         tensors = {f"model/{name}": array for name, array in self.model.items()}
         tensors |= {f"strategy/{name}": array for name, array in self.strategy.items()}
-        write_atomic(path, save(tensors, metadata=about))
+        write_atomic(path, save(tensors, metadata={**about, "sha256": _digest(about, tensors)}))
 
     @classmethod
     def read(cls, path: Path, *, study_id: str) -> Checkpoint:
@@ -54,7 +54,7 @@ class Checkpoint:
 
         Raises:
             ConfigError: it cannot be read, or is another study's.
-            VerificationFailed: the model in it is not the one that was written.
+            VerificationFailed: it is not whole, or not as it was written, round numbers included.
         """
         try:
             data = path.read_bytes()
@@ -65,23 +65,28 @@ class Checkpoint:
             raise VerificationFailed(f"{path}: not a whole checkpoint") from None
         if about.get("format") != _FORMAT:
             raise ConfigError(f"{path}: not a checkpoint of format {_FORMAT}")
+        if about.pop("sha256", None) != _digest(about, tensors):
+            raise VerificationFailed(f"{path}: the checkpoint does not have the digest it was written with")
         if about["study"] != study_id:
             raise ConfigError(
                 f"{path}: found a checkpoint of study {about['study'][:12]}, expected {study_id[:12]}",
                 fix="name another folder with --out, or leave --resume out",
             )
-        model = {name: tensors[f"model/{name}"] for name in json.loads(about["names"])}
-        if model_hash(model) != about["model-hash"]:
-            raise VerificationFailed(f"{path}: the model does not have the digest it was written with")
         prefix = "strategy/"
         return cls(
             study_id=study_id,
             run=about["run"],
             started=int(about["started"]),
             done=int(about["done"]),
-            model=model,
+            model={name: tensors[f"model/{name}"] for name in json.loads(about["names"])},
             strategy={n.removeprefix(prefix): a for n, a in tensors.items() if n.startswith(prefix)},
         )
+
+
+def _digest(about: dict[str, str], tensors: Arrays) -> str:
+    """Over all that a checkpoint holds: a wrong round number or moment does as much harm as a wrong model."""
+    text = json.dumps({**about, "tensors": model_hash(tensors)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,9 @@ from lepton_fl.messages import (
     assignment_config,
     from_record,
     identify,
+    is_site_name,
     refusal_exit_code,
+    refusal_reason,
     to_record,
 )
 from lepton_fl.study import Study
@@ -45,7 +46,6 @@ log = logging.getLogger(__name__)
 SERVER_NODE = 1
 """The id under which the server sends; no site has it."""
 _POLL = 0.2
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +194,7 @@ class Federation:
                 continue
             unheard.remove(node)
             if reply.has_error():
-                self.refused[self._name(node)] = reply.error.reason or "error at the site"
+                self.refused[self._name(node)] = refusal_reason(reply)
                 codes.append(refusal_exit_code(reply))
                 continue
             name = _declared_name(reply)
@@ -285,4 +285,4 @@ class Federation:
 
 def _declared_name(reply: Message) -> str | None:
     found = reply.content.config_records.get(CONFIG, ConfigRecord()).get("site")
-    return found if isinstance(found, str) and _NAME.fullmatch(found) else None
+    return found if isinstance(found, str) and is_site_name(found) else None

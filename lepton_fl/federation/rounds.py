@@ -16,6 +16,7 @@ from lepton_fl.messages import (
     WEIGHT,
     from_record,
     refusal_exit_code,
+    refusal_reason,
 )
 from lepton_fl.tasks.arrays import Arrays, check_like
 
@@ -67,7 +68,7 @@ class Round:
         if source not in self._waiting:
             return
         if reply.has_error():
-            self._drop(source, reply.error.reason or "error at the site")
+            self._drop(source, refusal_reason(reply))
             # An internal error may pass; a refusal would only be repeated.
             if refusal_exit_code(reply) != LeptonError.exit_code:
                 self.left.add(self._asked[source])

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lepton_fl.errors import BudgetExhausted, ConfigError, PolicyRefused
 from lepton_fl.privacy.accounting import Gaussian, epsilon
@@ -102,20 +103,28 @@ class Ledger:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch(mode=0o600)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from None
+        try:
+            self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
+        # Reservations of this process: what is checked once is not composed anew at every round.
+        self._reserved: dict[tuple[str, str], _Reservation] = {}
+
+    def _prepare(self) -> None:
+        with self._io():
             self._db.execute("PRAGMA journal_mode = WAL")
             # FULL: a commit returns only when the write-ahead log is on disk.
             self._db.execute("PRAGMA synchronous = FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _VERSION):
-                raise ConfigError(f"{path}: ledger format {version}, this release reads {_VERSION}")
-            with self._transaction():
-                for statement in _statements(_SCHEMA):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {_VERSION}")
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"{path}: cannot be used as a ledger: {error}") from None
-        # Reservations of this process: what is checked once is not composed anew at every round.
-        self._reserved: dict[tuple[str, str], _Reservation] = {}
+        if version not in (0, _VERSION):
+            raise ConfigError(f"{self.path}: ledger format {version}, this release reads {_VERSION}")
+        with self._transaction():
+            for statement in _statements(_SCHEMA):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {_VERSION}")
 
     @classmethod
     def for_rehearsal(cls) -> Ledger:
@@ -127,13 +136,16 @@ class Ledger:
         self._db.close()
 
     def reserve(self, planned: Charge, *, rounds: int, budget: Budget) -> None:
-        """Check that `rounds` rounds like `planned` fit; nothing is spent yet.
+        """Check that a run of `rounds` rounds like `planned` fits; nothing is spent yet.
+
+        Rounds that this run has charged before, as when it is resumed, are not counted twice.
 
         Raises:
             BudgetExhausted: together with all that was charged before they would not fit.
         """
         with self._transaction():
-            self._reserve(planned, rounds, budget)
+            left = rounds - len(self._rounds_of(budget.data_set, planned.run))
+            self._reserve(planned, max(left, 0), budget)
 
     def charge(self, charge: Charge, *, rounds: int, budget: Budget) -> None:
         """Spend one round, durably, before this returns.
@@ -146,12 +158,14 @@ class Ledger:
 
         Raises:
             BudgetExhausted: it would not fit; nothing was spent.
-            PolicyRefused: this (run, round) was charged already: a round is released once.
+            PolicyRefused: this (run, round) was charged already: a round is released once; or the study's
+                delta is above the site's.
+            ConfigError: the file cannot be written; nothing was spent, or at most this round.
         """
         with self._transaction():
             key = budget.data_set, charge.run
             held = self._reserved.get(key)
-            others = self._count_others(budget.data_set, charge.run)
+            others = self._count_others(budget.data_set, charge)
             mine = self._rounds_of(budget.data_set, charge.run)
             if charge.round in mine:
                 raise PolicyRefused(
@@ -185,7 +199,7 @@ class Ledger:
 
     def events(self, data_set: str, *, study: str | None = None, run: str | None = None) -> list[Gaussian]:
         """All events charged to a data-set id, of one study or run or of all, merged by (sigma, q)."""
-        rows = self._db.execute(
+        rows = self._rows(
             "SELECT noise_multiplier, sampling_rate, SUM(steps) FROM charges WHERE data_set = ?"
             " AND (? IS NULL OR study = ?) AND (? IS NULL OR run = ?) GROUP BY 1, 2",
             (data_set, study, study, run, run),
@@ -198,11 +212,11 @@ class Ledger:
 
     def studies(self, data_set: str) -> list[Spent]:
         """What each study spent, in order of first charge, each at its own delta."""
-        rows = self._db.execute(
+        rows = self._rows(
             "SELECT study, study_name, MAX(delta), COUNT(DISTINCT run), COUNT(*), MAX(at)"
             " FROM charges WHERE data_set = ? GROUP BY study ORDER BY MIN(seq)",
             (data_set,),
-        ).fetchall()
+        )
         return [
             Spent(
                 study=study,
@@ -218,9 +232,10 @@ class Ledger:
 
     def history(self, data_set: str) -> list[dict[str, object]]:
         """Every charge, oldest first, as plain columns."""
-        cursor = self._db.execute("SELECT * FROM charges WHERE data_set = ? ORDER BY seq", (data_set,))
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor]
+        with self._io():
+            cursor = self._db.execute("SELECT * FROM charges WHERE data_set = ? ORDER BY seq", (data_set,))
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
 
     def would_spend(self, planned: Charge, *, rounds: int, data_set: str, delta: float) -> float:
         """Epsilon at `delta` of everything charged so far and `rounds` rounds like `planned`."""
@@ -234,6 +249,16 @@ class Ledger:
                 public="delta above the site's limit",
             )
         run = _times(planned.event, rounds)
+        total = epsilon([*self.events(budget.data_set), run], budget.delta_total)
+        if total > budget.epsilon_total:
+            before = self.spent(budget.data_set, budget.delta_total)
+            raise BudgetExhausted(
+                f"privacy budget of data set {budget.data_set} does not cover this run: spent epsilon "
+                f"{before:.3g}, with it {total:.3g}, allowed {budget.epsilon_total:g} at delta "
+                f"{budget.delta_total:g} per {planned.unit} ({budget.file}, budget.epsilon_total)",
+                fix=f"lepton-fl budget show {budget.file}",
+                public="the site's privacy budget does not cover the run",
+            )
         of_study = self.events(budget.data_set, study=planned.study)
         study_epsilon = epsilon([*of_study, run], planned.delta)
         if study_epsilon > budget.epsilon_per_study:
@@ -243,47 +268,61 @@ class Ledger:
                 f"{before:.3g}) at delta {planned.delta:g} per {planned.unit} of data set "
                 f"{budget.data_set}, this site allows {budget.epsilon_per_study:g} a study "
                 f"({budget.file}, budget.epsilon_per_study)",
+                fix=f"lepton-fl budget show {budget.file}",
                 public="the study's privacy budget at this site does not cover the run",
-            )
-        total = epsilon([*self.events(budget.data_set), run], budget.delta_total)
-        if total > budget.epsilon_total:
-            before = self.spent(budget.data_set, budget.delta_total)
-            raise BudgetExhausted(
-                f"privacy budget of data set {budget.data_set} does not cover this run: spent epsilon "
-                f"{before:.3g}, with it {total:.3g}, allowed {budget.epsilon_total:g} at delta "
-                f"{budget.delta_total:g} per {planned.unit} ({budget.file}, budget.epsilon_total)",
-                public="the site's privacy budget does not cover the run",
             )
         mine = self._rounds_of(budget.data_set, planned.run)
         self._reserved[budget.data_set, planned.run] = _Reservation(
             event=planned.event,
             study=planned.study,
+            delta=planned.delta,
             budget=budget,
             rounds=len(mine) + rounds,
-            others=self._count_others(budget.data_set, planned.run),
+            others=self._count_others(budget.data_set, planned),
         )
 
     def _rounds_of(self, data_set: str, run: str) -> set[int]:
-        rows = self._db.execute("SELECT round FROM charges WHERE data_set = ? AND run = ?", (data_set, run))
+        rows = self._rows("SELECT round FROM charges WHERE data_set = ? AND run = ?", (data_set, run))
         return {row[0] for row in rows}
 
-    def _count_others(self, data_set: str, run: str) -> int:
-        row = self._db.execute(
-            "SELECT COUNT(*) FROM charges WHERE data_set = ? AND run != ?", (data_set, run)
-        ).fetchone()
-        return int(row[0])
+    def _count_others(self, data_set: str, like: Charge) -> int:
+        """Charges on the data set that are no round of the same run, study and event as `like`."""
+        event = like.event
+        rows = self._rows(
+            "SELECT COUNT(*) FROM charges WHERE data_set = ? AND NOT"
+            " (run = ? AND study = ? AND noise_multiplier = ? AND sampling_rate = ? AND steps = ?)",
+            (data_set, like.run, like.study, event.noise_multiplier, event.sampling_rate, event.steps),
+        )
+        return int(rows[0][0])
+
+    def _rows(self, sql: str, parameters: tuple[object, ...]) -> list[Any]:
+        with self._io():
+            return self._db.execute(sql, parameters).fetchall()
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        return ConfigError(f"{self.path}: cannot be used as a ledger: {error}")
+
+    @contextmanager
+    def _io(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         # IMMEDIATE: the write lock is taken before the sums are read, so two processes cannot both
         # see room for the last round.
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        with self._io():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                # SQLite has rolled back by itself after some errors, a full disk among them.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +331,7 @@ class _Reservation:
 
     event: Gaussian
     study: str
+    delta: float
     budget: Budget
     rounds: int
     others: int
@@ -300,6 +340,7 @@ class _Reservation:
         return (
             self.event == charge.event
             and self.study == charge.study
+            and self.delta == charge.delta
             and self.budget == budget
             and self.others == others
             and mine < self.rounds

@@ -33,6 +33,7 @@ from lepton_fl.results import (
     Results,
     RoundSummary,
     SiteSummary,
+    read_results,
     write_results,
 )
 from lepton_fl.simulation.baselines import (
@@ -161,8 +162,11 @@ class _Simulation:
         width = next(iter(self.splits.values()))[0].x_NF.shape[1]
         self.scorer = Scorer(self.study, width)
         out = self.plan.out
-        if self.plan.resume and not (out / "checkpoint.safetensors").exists():
-            raise ConfigError(f"{out}: holds no checkpoint to resume from", fix="leave --resume out")
+        if self.plan.resume:
+            if not (out / "checkpoint.safetensors").exists():
+                raise ConfigError(f"{out}: holds no checkpoint to resume from", fix="leave --resume out")
+            if (out / "results.json").exists():
+                self.rounds += read_results(out / "results.json").rounds
         self.main = prepare(
             self.study,
             self.splits,
@@ -175,10 +179,6 @@ class _Simulation:
 
     def run(self) -> Results:
         out = self.plan.out
-        write_atomic(
-            out / "study.toml",
-            tomli_w.dumps(self.study.model_dump(mode="json", exclude_none=True)).encode(),
-        )
         try:
             try:
                 self._charged_run()
@@ -188,6 +188,7 @@ class _Simulation:
             results = self._results()
         finally:
             self.main.close()
+        out.mkdir(parents=True, exist_ok=True)
         write_results(results, out / "results.json")
         return results
 
@@ -264,6 +265,10 @@ class _Simulation:
     # Observer of the charged run.
 
     def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None:
+        # Not before: a run that every site refuses leaves nothing behind.
+        self.plan.out.mkdir(parents=True, exist_ok=True)
+        raw = self.study.model_dump(mode="json", exclude_none=True)
+        write_atomic(self.plan.out / "study.toml", tomli_w.dumps(raw).encode())
         self.display.joined(cohort, refused)
 
     def round_done(self, report: RoundReport, model: Arrays) -> None:

@@ -9,18 +9,37 @@ from lepton_fl.errors import PolicyRefused
 from lepton_fl.messages import (
     ARRAYS,
     CONFIG,
+    EVALUATE,
+    JOIN,
     METRICS,
+    TRAIN,
     WEIGHT,
+    error_reply,
     from_record,
     read_assignment,
     update_reply,
 )
-from lepton_fl.site.mods import mods_of
+from lepton_fl.site.mods import mods_of, unknown_type
 from lepton_fl.site.site import Site
 from lepton_fl.tasks.arrays import check_like, load_arrays
 from lepton_fl.tasks.metrics import evaluate as evaluate_metric
 from lepton_fl.tasks.task import score
 from lepton_fl.training.local import LocalPlan, train_locally
+
+
+class _SiteApp(ClientApp):
+    """Flower raises on a message type that nobody registered, before any mod is asked. Here it is refused."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(mods=mods_of(site))
+        self._site = site
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if message.metadata.message_type not in (JOIN, TRAIN, EVALUATE):
+            error = unknown_type(message)
+            self._site.refusals.append(error)
+            return error_reply(message, error)
+        return super().__call__(message, context)
 
 
 def client_app(site: Site) -> ClientApp:
@@ -29,7 +48,7 @@ def client_app(site: Site) -> ClientApp:
     Guarantee: without a policy and a ledger there is no `Site`, so there is no app; with them, an update
     leaves only after its cost is in the ledger on disk.
     """
-    app = ClientApp(mods=mods_of(site))
+    app = _SiteApp(site)
 
     @app.query("join")
     def join(message: Message, _: Context) -> Message:

@@ -33,6 +33,14 @@ def mods_of(site: Site) -> list[Mod]:
     return [_guard_mod(site), _policy_mod(site), _ledger_mod(site)]
 
 
+def unknown_type(message: Message) -> PolicyRefused:
+    """The refusal of a message type that this release has no control for."""
+    return PolicyRefused(
+        f"message type {message.metadata.message_type!r} is not one that this site answers",
+        public="message type not allowed",
+    )
+
+
 def _guard_mod(site: Site) -> Mod:
     """Absence of an answer is a refusal, and a refusal tells no count, no path and no value."""
 
@@ -91,13 +99,9 @@ def _ledger_mod(site: Site) -> Mod:
     """Is there budget? Spend before send, and before the first row is read for the round."""
 
     def ledger(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        kind = message.metadata.message_type
-        handler = handlers.get(kind)
+        handler = handlers.get(message.metadata.message_type)
         if handler is None:
-            raise PolicyRefused(
-                f"message type {kind!r} is not one that this site answers",
-                public="message type not allowed",
-            )
+            raise unknown_type(message)
         handler(read_assignment(message))
         return call_next(message, context)
 

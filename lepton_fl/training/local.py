@@ -189,11 +189,11 @@ class _RecordsOfUnits:
     """Looks up the records of sampled units."""
 
     def __init__(self, unit_N: np.ndarray, units: int) -> None:
-        self._one_each = len(unit_N) == units
         # Records grouped by unit: unit u owns _order[_start[u] : _start[u + 1]].
         order = np.argsort(unit_N, kind="stable")
         self._order_N = torch.from_numpy(order)
         counts_U = np.bincount(unit_N, minlength=units)
+        self._one_each = bool((counts_U == 1).all())
         self._count_U = torch.from_numpy(counts_U)
         self._start_U = torch.from_numpy(np.concatenate([[0], np.cumsum(counts_U)[:-1]]))
 
