@@ -16,6 +16,7 @@ from lepton_fl.errors import ConfigError
 from lepton_fl.files import write_atomic
 
 FORMAT = "lepton-fl/results/1"
+ArmName = Literal["local", "federated", "pooled"]
 
 
 class Interval(Strict):
@@ -70,7 +71,7 @@ class RoundSummary(Strict):
 class Arm(Strict):
     """One way to get a model, judged on the same held-out records as the others."""
 
-    arm: Literal["local", "federated", "pooled"]
+    arm: ArmName
     label: str
     privacy: str
     """What protects the records in this arm, in words."""

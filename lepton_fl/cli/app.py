@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import shlex
-import sys
 import webbrowser
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lepton_fl import __version__
 from lepton_fl.cli.terminal import (
-    INTERRUPTED,
     Commands,
     fail,
     make_writable,
@@ -24,19 +20,12 @@ from lepton_fl.cli.terminal import (
     print_table,
     say,
 )
-from lepton_fl.errors import ConfigError, LeptonError
-
-if TYPE_CHECKING:
-    from lepton_fl.data import Table
-    from lepton_fl.results import Interval, Results
-    from lepton_fl.simulation import Plan
-    from lepton_fl.study import Study
+from lepton_fl.errors import ConfigError
 
 QUICKSTART_SEEDS = 3
 QUICKSTART_CURVE = (0.1, 0.3, 1.0, 3.0)
 QUICKSTART_BUDGET = 2.0
 """Epsilon that each hospital of the quickstart allows in all: a few runs, and then no more."""
-
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -128,6 +117,7 @@ def quickstart(
     Run it again and again: every run is charged to the same hospitals' privacy ledgers, and when
     their budget is spent they refuse (exit 4). Edit study.toml and the policies and see what changes.
     """
+    from lepton_fl.cli.running import next_run, read_tables, run_plan, this_command
     from lepton_fl.cli.texts import policy_text, study_text
     from lepton_fl.config import parse, read_toml
     from lepton_fl.data import dataset
@@ -145,7 +135,7 @@ def quickstart(
         changed["privacy"]["epsilon"] = epsilon
         study = parse(Study, changed, file=str(study_file))
     how = "natural" if sites is None and known.natural_sites else "iid"
-    tables = _tables(study, dataset_name=name, data=None, sites=sites or 4, how=how, seed=seed)
+    tables = read_tables(study, dataset_name=name, data=None, sites=sites or 4, how=how, seed=seed)
     policies = home / "sites"
     for site in tables:
         policy = make_writable(policies / site) / "policy.toml"
@@ -168,13 +158,13 @@ def quickstart(
     plan = Plan(
         study=study,
         tables=tables,
-        out=make_writable(_next_run(home / "runs")),
+        out=make_writable(next_run(home / "runs")),
         policies=policies,
         seeds=tuple(range(seed, seed + QUICKSTART_SEEDS)),
         curve=QUICKSTART_CURVE,
-        command=_command(),
+        command=this_command(),
     )
-    _run(plan, as_json=as_json, open_report=open_report)
+    run_plan(plan, as_json=as_json, open_report=open_report)
 
 
 @app.command()
@@ -270,16 +260,17 @@ def simulate(
     Writes study.toml, results.json, report.html, model.safetensors and a checkpoint into OUT. The
     same command with the same seed gives the same model.
     """
+    from lepton_fl.cli.running import arms, read_tables, run_folder, run_plan, this_command
     from lepton_fl.study import load_study
 
     study = load_study(study_file)
-    arms = _arms(compare)
+    wanted = arms(compare)
     curve_points = numbers(curve, option="--curve")
     if (data is None) == (dataset is None):
         raise typer.BadParameter("give exactly one of --data and --dataset")
-    folder = _run_folder(out, study.study.name, resume=resume)
+    folder = run_folder(out, study.study.name, resume=resume)
     how = split or ("natural" if sites is None else "iid")
-    tables = _tables(study, dataset_name=dataset, data=data, sites=sites, how=how, seed=seed)
+    tables = read_tables(study, dataset_name=dataset, data=data, sites=sites, how=how, seed=seed)
     from lepton_fl.simulation import Plan
 
     plan = Plan(
@@ -288,12 +279,12 @@ def simulate(
         out=make_writable(folder),
         policies=policies,
         seeds=tuple(range(seed, seed + seeds)),
-        compare=arms,
+        compare=wanted,
         curve=curve_points,
         resume=resume,
-        command=_command(),
+        command=this_command(),
     )
-    _run(plan, as_json=as_json, open_report=open_report)
+    run_plan(plan, as_json=as_json, open_report=open_report)
 
 
 @app.command()
@@ -488,172 +479,3 @@ def study_approve(
     approvals = Approvals(make_writable(config.parent / site.site.state) / "approvals.jsonl")
     approvals.add(study)
     typer.echo(f"approved {study.id[:16]} in {approvals.path}")
-
-
-# Shared by quickstart and simulate.
-
-
-def _tables(
-    study: Study,
-    *,
-    dataset_name: str | None,
-    data: Path | None,
-    sites: int | None,
-    how: str,
-    seed: int,
-) -> dict[str, Table]:
-    """The sites' tables: natural ones, or one table cut as `how` says."""
-    import numpy as np
-
-    from lepton_fl.data import Contract, load_dataset, load_table, partition, pool, read_csv
-
-    contract = Contract.of(study)
-    if data is not None:
-        if not data.is_dir():
-            raise ConfigError(f"{data}: not a folder", fix="--data FOLDER with one CSV file for each site")
-        found = sorted(data.glob("*.csv"))
-        if not found:
-            raise ConfigError(f"{data}: holds no CSV file, one is expected for each site")
-        tables = {
-            path.stem: load_table(contract, read_csv(path, contract), source=str(path)) for path in found
-        }
-    else:
-        tables = load_dataset(dataset_name or "", contract)
-    if how == "natural":
-        return tables
-    if sites is None:
-        raise typer.BadParameter(f"--split {how} needs --sites")
-    whole = pool(list(tables.values()))
-    parts = partition(whole, how, sites, np.random.default_rng(seed))
-    width = len(str(sites))
-    return {f"site-{number:0{width}d}": part for number, part in enumerate(parts, start=1)}
-
-
-def _run(plan: Plan, *, as_json: bool, open_report: bool) -> None:
-    from lepton_fl.cli.display import display_for
-    from lepton_fl.privacy.guarantee import SIMULATED, SIMULATION_NOISE, Guarantee
-    from lepton_fl.report import write_report
-    from lepton_fl.simulation import simulate as run_simulation
-
-    log = _log_to(plan.out / "run.log")
-    say(Guarantee.of(plan.study).sentence())
-    try:
-        with display_for(plan.study.task.metric, f"{SIMULATED}, {SIMULATION_NOISE}") as display:
-            results = run_simulation(plan, display)
-    except LeptonError:
-        # Refused before anything was trained: there is no run to keep a folder for.
-        if {path.name for path in plan.out.iterdir()} <= {log.name}:
-            log.unlink(missing_ok=True)
-            plan.out.rmdir()
-        raise
-    path = write_report(results, plan.out, "html")
-    if as_json:
-        typer.echo(results.model_dump_json(indent=1))
-    else:
-        _summary(results, plan.out)
-    if open_report:
-        webbrowser.open(path.resolve().as_uri())
-    if results.status == "interrupted":
-        fail(
-            f"interrupted after {sum(1 for r in results.rounds if r.sites)} of {results.rounds_planned} "
-            f"rounds; partial results are in {plan.out}",
-            INTERRUPTED,
-        )
-    if results.status == "stopped":
-        fail(f"too few sites stayed: {results.verdict} Partial results are in {plan.out}", 6)
-
-
-def _summary(results: Results, folder: Path) -> None:
-    arms = {arm.arm: arm for arm in results.arms}
-    rows = []
-    for site in results.sites:
-        spent = "-" if site.epsilon_spent is None else f"{site.epsilon_spent:.2f} of {site.epsilon_allowed:g}"
-        rows.append(
-            (
-                site.site,
-                str(site.train_units),
-                *(_figure(arms[a].per_site.get(site.site)) if a in arms else "-" for a in _ARMS),
-                spent,
-                site.status,
-            )
-        )
-    rows.append(("mean", "", *(_figure(arms[a].mean) if a in arms else "-" for a in _ARMS), "", ""))
-    metric = results.metric.upper()
-    print_table(
-        f"{results.study_name}: {metric} on held-out records, {len(results.seeds)} seeds, 95 % intervals  "
-        f"[{', '.join(results.labels)}]",
-        ("site", "units", "own boosting", "federated", "pooled", "epsilon spent", ""),
-        rows,
-        right=(1,),
-    )
-    typer.echo(results.verdict)
-    typer.echo(_promise(results))
-    if results.model is not None:
-        typer.echo(f"model sha256 {results.model.sha256}")
-    typer.echo(f"report {folder / 'report.html'}   results {folder / 'results.json'}")
-
-
-_ARMS = ("local", "federated", "pooled")
-
-
-def _figure(value: Interval | None) -> str:
-    if value is None or value.mean is None:
-        return "not defined"
-    if value.low is None or value.high is None:
-        return f"{value.mean:.3f}"
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-
-
-def _promise(results: Results) -> str:
-    promise = results.promise
-    if promise.epsilon is None or promise.delta is None:
-        return "No privacy: no noise was added."
-    return (
-        f"Per {promise.unit}: epsilon {promise.epsilon:g}, delta {promise.delta:g}, against "
-        f"{promise.holds_against} ({', '.join(results.labels)})."
-    )
-
-
-def _arms(text: str) -> tuple:  # type: ignore[type-arg]
-    wanted = [part.strip() for part in text.split(",") if part.strip()]
-    if not wanted or not set(wanted) <= set(_ARMS):
-        raise ConfigError.at("command line", "--compare", found=text, allowed=", ".join(_ARMS))
-    return tuple(wanted)
-
-
-def _run_folder(out: Path | None, name: str, *, resume: bool) -> Path:
-    if out is None:
-        if resume:
-            raise ConfigError("--resume needs the run to go on with", fix="--out RUN --resume")
-        return _next_run(Path("runs"), f"{name}-")
-    if (out / "results.json").exists() and not resume:
-        raise ConfigError(
-            f"{out}: holds a run already, and is not overwritten",
-            fix="name another folder with --out, or go on with --resume",
-        )
-    return out
-
-
-def _next_run(parent: Path, prefix: str = "") -> Path:
-    number = 1
-    while (parent / f"{prefix}{number}").exists():
-        number += 1
-    return parent / f"{prefix}{number}"
-
-
-def _command() -> str:
-    return shlex.join(["lepton-fl", *sys.argv[1:]])
-
-
-def _log_to(path: Path) -> Path:
-    """The library's log goes to the run's folder: the terminal shows what a person must know."""
-    logger = logging.getLogger("lepton_fl")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
-        old.close()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    return path

@@ -76,6 +76,16 @@ class Guarantee:
             "with the server"
         )
 
+    @property
+    def simulation_labels(self) -> tuple[str, ...]:
+        """What every output of a simulation of this study must say before any figure."""
+        labels = [SIMULATED]
+        if self.event is not None:
+            labels.append(SIMULATION_NOISE)
+        if self.study.secure_aggregation.enabled:
+            labels.append(CURATOR)
+        return tuple(labels)
+
     def sentence(self) -> str:
         """One plain sentence for a privacy officer."""
         privacy = self.study.privacy

@@ -23,9 +23,10 @@ from lepton_fl.errors import ConfigError, LeptonError, PolicyRefused, TooFewSite
 from lepton_fl.federation.loop import RoundReport
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import epsilon as composed_epsilon
-from lepton_fl.privacy.guarantee import CURATOR, SIMULATED, SIMULATION_NOISE, Guarantee
+from lepton_fl.privacy.guarantee import CURATOR, Guarantee
 from lepton_fl.results import (
     Arm,
+    ArmName,
     CurvePoint,
     Interval,
     ModelFile,
@@ -48,7 +49,6 @@ from lepton_fl.study import Study, check_delta, override
 from lepton_fl.tasks import Arrays, model_hash
 from lepton_fl.tasks.metrics import RESAMPLES, Scored, evaluate, gain, intervals
 
-ArmName = Literal["local", "federated", "pooled"]
 LOOKS = 25
 """How often, at most, a run's progress is measured on held-out records."""
 
@@ -394,14 +394,9 @@ class _Simulation:
         )
 
     def _labels(self) -> tuple[str, ...]:
-        labels = [SIMULATED]
-        if self.study.privacy.noise != "none":
-            labels.append(SIMULATION_NOISE)
-        if self.study.secure_aggregation.enabled:
-            labels.append(CURATOR)
-        elif any(point.noise == "shared" for point in self.curve):
-            labels.append(f"{CURATOR} (shared-noise curve)")
-        return tuple(labels)
+        labels = self.main.guarantee.simulation_labels
+        curve_only = CURATOR not in labels and any(point.noise == "shared" for point in self.curve)
+        return (*labels, f"{CURATOR} (shared-noise curve)") if curve_only else labels
 
     def _promise(self) -> Promise:
         study, guarantee = self.study, self.main.guarantee

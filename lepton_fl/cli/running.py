@@ -1,0 +1,195 @@
+"""Runs started from the command line: which tables, which folder, what is shown at the end."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import typer
+
+from lepton_fl.cli.display import display_for
+from lepton_fl.cli.terminal import INTERRUPTED, console, fail, print_table, say
+from lepton_fl.data import Contract, Table, load_dataset, load_table, partition, pool, read_csv
+from lepton_fl.errors import ConfigError, LeptonError
+from lepton_fl.privacy import Guarantee
+from lepton_fl.report import write_report
+from lepton_fl.results import ArmName, Interval, Results
+from lepton_fl.study import Study
+
+if TYPE_CHECKING:
+    from lepton_fl.simulation import Plan
+
+_ARMS: tuple[ArmName, ...] = ("local", "federated", "pooled")
+WIDE = 100
+"""Columns of a terminal that a table with intervals needs."""
+
+
+def read_tables(
+    study: Study,
+    *,
+    dataset_name: str | None,
+    data: Path | None,
+    sites: int | None,
+    how: str,
+    seed: int,
+) -> dict[str, Table]:
+    """The sites' tables: natural ones, or one table cut as `how` says."""
+    contract = Contract.of(study)
+    if data is not None:
+        if not data.is_dir():
+            raise ConfigError(f"{data}: not a folder", fix="--data FOLDER with one CSV file for each site")
+        found = sorted(data.glob("*.csv"))
+        if not found:
+            raise ConfigError(f"{data}: holds no CSV file, one is expected for each site")
+        tables = {
+            path.stem: load_table(contract, read_csv(path, contract), source=str(path)) for path in found
+        }
+    else:
+        tables = load_dataset(dataset_name or "", contract)
+    if how == "natural":
+        return tables
+    if sites is None:
+        raise typer.BadParameter(f"--split {how} needs --sites")
+    whole = pool(list(tables.values()))
+    parts = partition(whole, how, sites, np.random.default_rng(seed))
+    width = len(str(sites))
+    return {f"site-{number:0{width}d}": part for number, part in enumerate(parts, start=1)}
+
+
+def run_plan(plan: Plan, *, as_json: bool, open_report: bool) -> None:
+    """Simulate, write the report, print the outcome; ends the program where the run did not complete."""
+    from lepton_fl.simulation import simulate
+
+    log = _log_to(plan.out / "run.log")
+    guarantee = Guarantee.of(plan.study)
+    say(guarantee.sentence())
+    try:
+        with display_for(plan.study.task.metric, ", ".join(guarantee.simulation_labels)) as display:
+            results = simulate(plan, display)
+    except LeptonError:
+        # Refused before anything was trained: there is no run to keep a folder for.
+        if {path.name for path in plan.out.iterdir()} <= {log.name}:
+            log.unlink(missing_ok=True)
+            plan.out.rmdir()
+        raise
+    path = write_report(results, plan.out, "html")
+    if as_json:
+        typer.echo(results.model_dump_json(indent=1))
+    else:
+        _summary(results, plan.out)
+    if open_report:
+        webbrowser.open(path.resolve().as_uri())
+    if results.status == "interrupted":
+        fail(
+            f"interrupted after {sum(1 for r in results.rounds if r.sites)} of {results.rounds_planned} "
+            f"rounds; partial results are in {plan.out}",
+            INTERRUPTED,
+        )
+    if results.status == "stopped":
+        fail(f"too few sites stayed: {results.verdict} Partial results are in {plan.out}", 6)
+
+
+def _summary(results: Results, folder: Path) -> None:
+    by_name = {arm.arm: arm for arm in results.arms}
+    # Intervals do not fit a narrow terminal; they are in the report in any case.
+    brief = console().width < WIDE
+
+    def figures(site: str | None) -> list[str]:
+        """Each arm's figure at one site, or their mean."""
+        found = []
+        for name in _ARMS:
+            arm = by_name.get(name)
+            value = None if arm is None else arm.mean if site is None else arm.per_site.get(site)
+            found.append("-" if arm is None else _figure(value, brief=brief))
+        return found
+
+    all_in = all(site.status == "took part" for site in results.sites)
+    rows = []
+    for site in results.sites:
+        spent = "-" if site.epsilon_spent is None else f"{site.epsilon_spent:.2f} of {site.epsilon_allowed:g}"
+        row = [site.site, str(site.train_units), *figures(site.site), spent]
+        rows.append(row if all_in else [*row, site.status])
+    rows.append(["mean", "", *figures(None), *([""] if all_in else ["", ""])])
+    columns = ["site", "units", "own boosting", "federated", "pooled", "epsilon spent"]
+    seeds = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
+    intervals = "" if brief else ", 95 % intervals"
+    print_table(
+        f"{results.study_name}: {results.metric.upper()} on held-out records, {seeds}{intervals}  "
+        f"[{', '.join(results.labels)}]",
+        columns if all_in else [*columns, ""],
+        rows,
+        right=(1,),
+    )
+    typer.echo(results.verdict)
+    typer.echo(_promise(results))
+    if results.model is not None:
+        typer.echo(f"model sha256 {results.model.sha256}")
+    typer.echo(f"report {folder / 'report.html'}   results {folder / 'results.json'}")
+
+
+def _figure(value: Interval | None, *, brief: bool) -> str:
+    if value is None or value.mean is None:
+        return "not defined"
+    if brief or value.low is None or value.high is None:
+        return f"{value.mean:.3f}"
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _promise(results: Results) -> str:
+    promise = results.promise
+    if promise.epsilon is None or promise.delta is None:
+        return "No privacy: no noise was added."
+    return (
+        f"Per {promise.unit}: epsilon {promise.epsilon:g}, delta {promise.delta:g}, against "
+        f"{promise.holds_against} ({', '.join(results.labels)})."
+    )
+
+
+def arms(text: str) -> tuple:  # type: ignore[type-arg]
+    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    if not wanted or not set(wanted) <= set(_ARMS):
+        raise ConfigError.at("command line", "--compare", found=text, allowed=", ".join(_ARMS))
+    return tuple(name for name in _ARMS if name in wanted)
+
+
+def run_folder(out: Path | None, name: str, *, resume: bool) -> Path:
+    if out is None:
+        if resume:
+            raise ConfigError("--resume needs the run to go on with", fix="--out RUN --resume")
+        return next_run(Path("runs"), f"{name}-")
+    if (out / "results.json").exists() and not resume:
+        raise ConfigError(
+            f"{out}: holds a run already, and is not overwritten",
+            fix="name another folder with --out, or go on with --resume",
+        )
+    return out
+
+
+def next_run(parent: Path, prefix: str = "") -> Path:
+    number = 1
+    while (parent / f"{prefix}{number}").exists():
+        number += 1
+    return parent / f"{prefix}{number}"
+
+
+def this_command() -> str:
+    return shlex.join(["lepton-fl", *sys.argv[1:]])
+
+
+def _log_to(path: Path) -> Path:
+    """The library's log goes to the run's folder: the terminal shows what a person must know."""
+    logger = logging.getLogger("lepton_fl")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return path
