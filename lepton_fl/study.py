@@ -1,7 +1,7 @@
 """The study: everything the federation agreed on, frozen, and the digest that names it.
 
-Two studies that mean the same have the same canonical bytes, however their files are written: keys in
-another order, comments, `3` for `3.0`, a default spelt out. The SHA-256 of those bytes is the study id,
+Two files that say the same have the same canonical bytes: keys in another order, comments, `3` for `3.0`,
+a default spelt out. The SHA-256 of those bytes is the study id,
 which every message of a run carries and every agent pins.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import unicodedata
+from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,9 @@ CANONICAL_PREFIX = b"lepton-fl/study/1\n"
 
 MODELS_BELOW_UNITS = 10_000
 """Below this many units in the federation `auto` never chooses more than logistic regression."""
+
+MAX_STEPS = 1_000_000
+"""Steps of DP-SGD in one study, all rounds together."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -85,11 +89,11 @@ class Privacy(Strict):
 
     unit: str = "record"
     """`record`, or the column that names whose record it is; refused where a site lacks it."""
-    epsilon: Positive | None = None
-    delta: Fraction | None = None
-    """Refused where delta >= 1 / units of the smallest site."""
-    clip: Positive = 1.0
-    """L2 bound on one unit's gradient."""
+    epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    delta: Annotated[float, Field(ge=1e-10, lt=1)] | None = None
+    """Refused where delta >= 1 / units of the smallest site, and below what accounting can resolve."""
+    clip: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
+    """L2 bound on one unit's gradient. Bounded, so that noise and sum are of numbers float32 holds."""
     noise: Literal["local", "shared", "none"] = "local"
     """local: each site adds all of it. shared: each adds a part, under secure aggregation.
     none: no privacy at all; sites refuse it unless their policy says otherwise."""
@@ -126,22 +130,34 @@ class Train(Strict):
     strategy: Literal["lockstep", "fedavg"] = "lockstep"
     """lockstep: a round is one DP-SGD step of every site. fedavg: `local_steps` at each site."""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
-    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    sample_rate: Annotated[float, Field(ge=1e-6, le=1)]
     """Poisson, per unit and step."""
-    expected_batch: Annotated[float, Field(gt=0)] | None = None
+    expected_batch: Annotated[float, Field(ge=0.01, le=1e9)] | None = None
     """Public divisor of a site's summed gradient, in units; the same at every site.
 
     Usually sample_rate times the units of a typical site. The simulator fills it in from its data; a
     deployed study must declare it, since a site's own size is not public.
     """
-    local_steps: Annotated[int, Field(ge=1, le=100_000)] = 1
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     optimizer: Literal["sgd", "adam"] = "adam"
     """Of the server under lockstep, of each site under fedavg."""
-    lr: Positive
+    lr: Annotated[float, Field(gt=0, le=100)]
     spare_rounds: Annotated[int, Field(ge=0)] | None = None
     """Rounds the noise also covers, for those lost to a crash; 5 % of `rounds` by default."""
-    deadline: Annotated[float, Field(gt=0)] = 600.0
+    deadline: Annotated[float, Field(gt=0, le=604_800)] = 600.0
     """Seconds that a round may take before the sites that have not answered are dropped."""
+
+    @model_validator(mode="after")
+    def _size_is_bounded(self) -> Train:
+        # A site computes the cost of a study before it can refuse it.
+        if self.spare_rounds is not None and self.spare_rounds > self.rounds:
+            raise ValueError(f"spare_rounds = {self.spare_rounds}: at most as many as rounds")
+        if self.charged_rounds * self.local_steps > MAX_STEPS:
+            raise ValueError(
+                f"{self.charged_rounds} rounds (spare included) of {self.local_steps} local_steps: "
+                f"at most {MAX_STEPS:,} steps in all"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lockstep_is_one_step(self) -> Train:
@@ -163,7 +179,7 @@ class Model(Strict):
     """Which model; registered names only, see `lepton_fl.tasks.models`."""
 
     name: Name = "auto"
-    hidden: Array[Annotated[int, Field(ge=1, le=4096)]] = (32,)
+    hidden: Annotated[Array[Annotated[int, Field(ge=1, le=4096)]], Field(max_length=8)] = (32,)
     """Widths of the hidden layers, for models that have them."""
     normalization: Literal["none", "layer"] = "none"
 
@@ -234,18 +250,72 @@ class Features(Strict):
 
 
 class Evaluation(Strict):
-    """Which of a site's units are held out to judge the model."""
+    """Which of a site's records are held out to judge the model: each by a rule that reads no other."""
 
-    test_fraction: Fraction = 0.25
+    test_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Of the units, in expectation; not used where `split = "time"`."""
     split: Literal["unit", "time"] = "unit"
-    """unit: units at random, all records of a unit on one side. time: the latest records."""
+    """unit: those whose keyed hash falls below `test_fraction`, each with all its records. time: the
+    records from `cutoff` on."""
     time_column: str | None = None
+    cutoff: float | str | None = None
+    """A number, or an ISO 8601 date or time (UTC where it names no zone), read as the cells of
+    `time_column` are. Public: it comes from the calendar, never from the records."""
+
+    @field_validator("cutoff", mode="before")
+    @classmethod
+    def _one_form_of_time(cls, value: Any) -> Any:
+        # One instant has many spellings, and the study must have one id.
+        text = value.isoformat() if isinstance(value, date) else value
+        if not isinstance(text, str):
+            return value
+        text = text.strip()
+        if math.isfinite(number := read_number(text)):
+            return number
+        try:
+            return _moment(text).astimezone(UTC).isoformat()
+        except (ValueError, OverflowError):
+            raise ValueError(
+                f"found {text!r}, allowed: a finite number, or an ISO 8601 date or time such as "
+                "'2026-01-31' or '2026-01-31T12:00:00Z'"
+            ) from None
 
     @model_validator(mode="after")
-    def _time_needs_a_column(self) -> Evaluation:
-        if (self.split == "time") != (self.time_column is not None):
-            raise ValueError("split = 'time' and time_column go together")
+    def _time_needs_a_column_and_a_cutoff(self) -> Evaluation:
+        wanted = self.split == "time"
+        if (self.time_column is not None) != wanted or (self.cutoff is not None) != wanted:
+            raise ValueError("split = 'time', time_column and cutoff go together: give all three or none")
         return self
+
+    @property
+    def cutoff_number(self) -> float | None:
+        """The cutoff as a table's times are: a number as it is, a date or time as POSIX seconds."""
+        return read_instant(self.cutoff) if isinstance(self.cutoff, str) else self.cutoff
+
+
+def read_number(text: str) -> float:
+    """`text` as a number with a decimal point; NaN where it is none. May be infinite."""
+    try:
+        # float() would read the literal 1_000; whoever writes it means something else.
+        return float(text) if "_" not in text else math.nan
+    except ValueError:
+        return math.nan
+
+
+def read_instant(text: str) -> float:
+    """POSIX seconds of an ISO 8601 date or time; NaN where it is none.
+
+    A time without a zone counts as UTC: the result must not depend on the machine's own zone.
+    """
+    try:
+        return _moment(text).timestamp()
+    except ValueError:
+        return math.nan
+
+
+def _moment(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 class Study(Strict):

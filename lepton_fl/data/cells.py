@@ -14,10 +14,11 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lepton_fl.study import read_instant, read_number
 
 _LISTED = ("", "NA", "N/A", "NaN", "nan", "null", "None", "?")
 MISSING = frozenset(form for m in _LISTED for form in (m, m.lower(), m.upper()))
@@ -128,36 +129,18 @@ class Times:
 
 
 def times(cells: Sequence[str]) -> Times:
-    """Numbers as they are, or ISO 8601 dates and times as POSIX seconds.
-
-    A time without a zone counts as UTC: the result must not depend on the machine's own zone.
-    """
+    """Numbers as they are, or ISO 8601 dates and times as POSIX seconds, UTC where they name no zone."""
     value_B = np.full(len(cells), np.nan)
     missing = as_numbers = as_dates = 0
     for i, cell in enumerate(cells):
         text = cell.strip()
         if text in MISSING:
             missing += 1
-        elif math.isfinite(number := _float(text)):
+        elif math.isfinite(number := read_number(text)):
             value_B[i] = number
             as_numbers += 1
-        elif math.isfinite(second := _posix(text)):
+        elif math.isfinite(second := read_instant(text)):
             value_B[i] = second
             as_dates += 1
     unreadable = len(cells) - missing - as_numbers - as_dates
     return Times(value_B, missing, unreadable, as_numbers, as_dates)
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text) if "_" not in text else math.nan
-    except ValueError:
-        return math.nan
-
-
-def _posix(text: str) -> float:
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return math.nan
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -44,7 +44,7 @@ class Contract:
     unit: str | None
     """Column that names whose record it is; None where each record is a unit."""
     time: str | None
-    """Column to split by; None where records are held out at random."""
+    """Column to split by; None where units are held out by their keys."""
 
     @classmethod
     def of(cls, study: Study) -> Contract:

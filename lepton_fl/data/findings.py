@@ -2,7 +2,7 @@
 
 Loading and checking share this pass, so that `data check` finds exactly what a run would refuse.
 
-B = rows of a batch.
+B = rows of a batch, V = units first seen in it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lepton_fl.data.cells import Batch, Numbering, Times, codes, times
 from lepton_fl.data.columns import Counts
 from lepton_fl.data.contract import Contract
+from lepton_fl.data.identity import row_keys
 from lepton_fl.errors import DataError
 
 FLOOD = 0.2
@@ -98,6 +99,8 @@ class Rows:
     x_BF: NDArray[np.float32]
     y_B: NDArray[np.float32]
     unit_B: NDArray[np.int64]
+    key_V: NDArray[np.uint8]
+    """Keys of the units that no batch before had, in the order of their numbers."""
     time_B: NDArray[np.float64] | None
     raw_BC: NDArray[np.float64]
 
@@ -135,12 +138,12 @@ class Findings:
             self._feature[name] += column.counts
             self._distinct[name].add(column.keys)
         y_B = self._target(batch)
-        unit_B = self._units(batch)
+        unit_B, key_V = self._units(batch)
         time_B = self._times(batch)
         self.rows += len(batch)
         self.positives += int(y_B.sum())
         raw_BC = np.column_stack([column.raw_B for column in encoded.columns.values()])
-        return Rows(encoded.x_BF, y_B, unit_B, time_B, raw_BC)
+        return Rows(encoded.x_BF, y_B, unit_B, key_V, time_B, raw_BC)
 
     def _target(self, batch: Batch) -> NDArray[np.float32]:
         label_D, index_B = codes(batch.cells[self.contract.target])
@@ -149,15 +152,19 @@ class Findings:
         positive = self.contract.positive
         return np.array([label == positive for label in label_D], dtype=np.float32)[index_B]
 
-    def _units(self, batch: Batch) -> NDArray[np.int64]:
+    def _units(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         if self.contract.unit is None:
-            return np.arange(self.rows, self.rows + len(batch), dtype=np.int64)
+            number_B = np.arange(self.rows, self.rows + len(batch), dtype=np.int64)
+            # Sorted, so that a column's part in the study (feature, target) does not matter.
+            return number_B, row_keys([batch.cells[name] for name in sorted(self.contract.needed)])
         # Two spellings of one number count as one person: merging never weakens the promise.
         unit_D, index_B = codes(batch.cells[self.contract.unit])
+        # By first appearance, as they are numbered.
+        new_V = list(dict.fromkeys(u for u in unit_D if u is not None and u not in self._unit))
         number_D = np.array([-1 if u is None else self._unit[u] for u in unit_D], dtype=np.int64)
         unit_B = number_D[index_B]
         self._missing_unit += int((unit_B < 0).sum())
-        return unit_B
+        return unit_B, row_keys([new_V])
 
     def _times(self, batch: Batch) -> NDArray[np.float64] | None:
         if self.contract.time is None:

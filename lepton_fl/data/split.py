@@ -5,6 +5,7 @@ N = records, U = units.
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -18,24 +19,35 @@ Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
 
 
-def split(table: Table, evaluation: Evaluation, rng: np.random.Generator) -> tuple[Table, Table]:
+SPLIT_LABEL = b"lepton-fl/split/1\n"
+"""Domain separation: a key may serve other purposes. Changing it draws every split anew."""
+
+
+def split(table: Table, evaluation: Evaluation, key: bytes) -> tuple[Table, Table]:
     """Train and test tables, neither of them empty.
 
-    split = "unit": `test_fraction` of the units, at random, with all their records, so the test
-    shows people whom the model has not seen. Units with a positive record and units without are
-    drawn apart; where the table has two of each, both sides get both.
+    split = "unit": a unit is held out, with all its records, where BLAKE2b of its `key_U` under the site's
+    secret `key` falls into the lowest `test_fraction` of all hashes. The test so shows people whom the
+    model has not seen. Whoever is held out at one fraction is held out at every larger one.
 
-    split = "time": the latest `test_fraction` of the records; those of one instant stay together. A
-    unit may have records on both sides, as it has in use.
+    split = "time": records from `cutoff` on are held out. A unit may have records on both sides, as it has
+    in use.
+
+    Guarantee: a unit's side (a record's, by time) is a function of `key`, `evaluation` and that unit (that
+    record) alone. Tables that differ by one unit have train tables that differ by at most that unit, so
+    what is differentially private in the train table is so in the whole. As with every refusal of a table,
+    the guarantee does not extend to the DataError.
+
+    `key` is 16 to 64 bytes that do not change from run to run: with another one, the test would judge what
+    it has taught. It is secret: with it, records could be made to be held out.
 
     Raises:
-        DataError: fewer than two units, all records of one instant, or no time column.
+        DataError: all units, or records, are on one side, or there is no time column.
+        ValueError: the key is too short or too long.
     """
-    test_N = (
-        _by_time(table, evaluation)
-        if evaluation.split == "time"
-        else _by_unit(table, evaluation.test_fraction, rng)
-    )
+    if not 16 <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
+        raise ValueError(f"a key of {len(key)} bytes cannot draw a split: 16 to 64 are needed")
+    test_N = _by_time(table, evaluation) if evaluation.split == "time" else _by_unit(table, evaluation, key)
     return table.subset(~test_N), table.subset(test_N)
 
 
@@ -75,33 +87,35 @@ def _positive_units(table: Table) -> Mask:
     return positive_U
 
 
-def _by_unit(table: Table, fraction: float, rng: np.random.Generator) -> Mask:
-    if table.units < 2:
-        raise DataError(f"{table.units} units cannot be split into train and test")
-    positive_U = _positive_units(table)
-    test_U = np.zeros(table.units, dtype=bool)
-    for stratum in (np.flatnonzero(positive_U), np.flatnonzero(~positive_U)):
-        # A single unit of its kind is worth more to training than to the test.
-        held = min(max(_nearest(fraction * len(stratum)), 1), len(stratum) - 1)
-        test_U[rng.permutation(stratum)[: max(held, 0)]] = True
-    if not test_U.any():
-        # One unit of each kind: the test gets the one without a positive.
-        test_U[np.flatnonzero(~positive_U)] = True
+def _by_unit(table: Table, evaluation: Evaluation, key: bytes) -> Mask:
+    start = hashlib.blake2b(SPLIT_LABEL, key=key)
+    hashes = bytearray()
+    for unit in table.key_U:
+        digest = start.copy()
+        digest.update(unit.tobytes())
+        hashes += digest.digest()[:8]
+    hash_U = np.frombuffer(bytes(hashes), dtype=">u8")
+    # Exact: a float times a power of two. No fraction above 1/2 is allowed, so it fits.
+    test_U: Mask = hash_U < np.uint64(math.ceil(math.ldexp(evaluation.test_fraction, 64)))
+    if test_U.all() or not test_U.any():
+        held = "all" if test_U.all() else "none"
+        raise DataError(
+            f"of {table.units} units {held} would be held out at test_fraction {evaluation.test_fraction:g}",
+            fix="more units, or another test_fraction",
+        )
     return test_U[table.unit_N]
 
 
 def _by_time(table: Table, evaluation: Evaluation) -> Mask:
-    if table.time_N is None:
-        raise DataError(f"the table was loaded without its time column {evaluation.time_column!r}")
-    held = min(max(_nearest(evaluation.test_fraction * len(table)), 1), len(table) - 1)
-    start = np.sort(table.time_N)[len(table) - held]
-    test_N: Mask = table.time_N >= start
-    if test_N.all():
-        test_N = table.time_N > start
-    if not test_N.any():
+    name, cutoff = evaluation.time_column, evaluation.cutoff_number
+    if table.time_N is None or cutoff is None:
+        raise DataError(f"the table was loaded without its time column {name!r}")
+    test_N: Mask = table.time_N >= cutoff
+    if test_N.all() or not test_N.any():
+        side = "at or after" if test_N.all() else "before"
         raise DataError(
-            f"column {evaluation.time_column!r}: all {len(table)} records are of one instant, "
-            "so none is the latest"
+            f"column {name!r}: all {len(table)} records are {side} the cutoff {evaluation.cutoff}",
+            fix="study.toml: [evaluation] cutoff, written as the cells of the column are",
         )
     return test_N
 
@@ -135,8 +149,3 @@ def _skewed(positive_U: Mask, sizes: list[int], alpha: float, rng: np.random.Gen
         units[site] = np.concatenate([positives[:wanted], negatives[: size - wanted]])
         positives, negatives = positives[wanted:], negatives[size - wanted :]
     return units
-
-
-def _nearest(number: float) -> int:
-    # Not round(), which sends 2.5 to 2 and 3.5 to 4.
-    return math.floor(number + 0.5)

@@ -29,8 +29,15 @@ class Table:
     unit_N: NDArray[np.int64]
     """Whose record it is: 0 to units - 1, in order of first appearance."""
     units: int
+    key_U: NDArray[np.uint8]
+    """Who each unit is, as 16 bytes, uint8 [U, 16]: BLAKE2b of the unit column's normal text.
+
+    Depends on that text alone: not on other columns, records, batches or their order. Where each record is
+    a unit, of the texts of its own cells, all that the study reads, by column name. Records that read the
+    same are then different units with one key, and a study that reads other columns has other keys.
+    """
     time_N: NDArray[np.float64] | None
-    """Numbers as they came, or POSIX seconds; None where the study splits at random."""
+    """Numbers as they came, or POSIX seconds; None where the study splits by unit."""
     raw_NC: NDArray[np.float64]
     """Numbers as they came, codes as indices, NaN for missing: for trees, never federated."""
     raw_categorical: tuple[bool, ...]
@@ -46,12 +53,13 @@ class Table:
 
     def subset(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Table:
         """The records under a mask, or at these places in this order; units are numbered anew."""
-        unit_N, units = _renumbered(self.unit_N[which])
+        unit_N, kept_U = _renumbered(self.unit_N[which])
         return Table(
             x_NF=self.x_NF[which],
             y_N=self.y_N[which],
             unit_N=unit_N,
-            units=units,
+            units=len(kept_U),
+            key_U=self.key_U[kept_U],
             time_N=None if self.time_N is None else self.time_N[which],
             raw_NC=self.raw_NC[which],
             raw_categorical=self.raw_categorical,
@@ -132,7 +140,8 @@ def check_table(contract: Contract, batches: Iterable[Batch], *, source: str) ->
 def pool(tables: Sequence[Table]) -> Table:
     """All records in one table, as no federation may have them: for the pooled comparison only.
 
-    A unit is one person at one site, so the units of different tables stay apart.
+    A unit is one person at one site, so the units of different tables stay apart, though a person who is
+    at two sites has the same key at both.
 
     Raises:
         ValueError: the tables were not made by one contract.
@@ -147,6 +156,7 @@ def pool(tables: Sequence[Table]) -> Table:
         y_N=np.concatenate([table.y_N for table in tables]),
         unit_N=np.concatenate([table.unit_N + start for table, start in zip(tables, starts, strict=False)]),
         units=int(starts[-1]),
+        key_U=np.concatenate([table.key_U for table in tables]),
         time_N=np.concatenate(times) if len(times) == len(tables) else None,
         raw_NC=np.concatenate([table.raw_NC for table in tables]),
         raw_categorical=first.raw_categorical,
@@ -161,6 +171,7 @@ def _table(contract: Contract, kept: list[Rows], units: int) -> Table:
         y_N=np.concatenate([rows.y_B for rows in kept]),
         unit_N=np.concatenate([rows.unit_B for rows in kept]),
         units=units,
+        key_U=np.concatenate([rows.key_V for rows in kept]),
         time_N=np.concatenate(times) if contract.time is not None else None,
         raw_NC=np.concatenate([rows.raw_BC for rows in kept]),
         raw_categorical=contract.raw_categorical,
@@ -168,9 +179,10 @@ def _table(contract: Contract, kept: list[Rows], units: int) -> Table:
     )
 
 
-def _renumbered(unit_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-    """Units 0, 1, 2 ... in order of first appearance, and how many."""
+def _renumbered(unit_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Units 0, 1, 2 ... in order of first appearance, and the former number of each."""
     found_U, first_U, index_N = np.unique(unit_N, return_index=True, return_inverse=True)
     number_U = np.empty(len(found_U), dtype=np.int64)
-    number_U[np.argsort(first_U)] = np.arange(len(found_U))
-    return number_U[index_N], len(found_U)
+    order_U = np.argsort(first_U)
+    number_U[order_U] = np.arange(len(found_U))
+    return number_U[index_N], found_U[order_U]

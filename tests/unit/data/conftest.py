@@ -89,7 +89,7 @@ def make_table(make_contract: MakeContract) -> Callable[..., Table]:
             tables["privacy"] = {"noise": "none", "unit": "patient"}
             cells["patient"] = [str(u) for u in units]
         if times is not None:
-            tables["evaluation"] = {"split": "time", "time_column": "seen"}
+            tables["evaluation"] = {"split": "time", "time_column": "seen", "cutoff": 0}
             cells["seen"] = [str(t) for t in times]
         contract = make_contract({"row": number}, **tables)
         return load_table(contract, [Batch(cells)], source="test")

@@ -42,7 +42,7 @@ def test_needed_names_each_column_once(make_contract):
     contract = make_contract(
         {"a": FLOAT},
         privacy={"noise": "none", "unit": "patient"},
-        evaluation={"split": "time", "time_column": "seen"},
+        evaluation={"split": "time", "time_column": "seen", "cutoff": 0},
     )
 
     assert contract.needed == ("a", "ill", "patient", "seen")

@@ -1,9 +1,15 @@
+import datetime as dt
+import hashlib
+
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from lepton_fl.data import partition, split
+from lepton_fl.data import Batch, load_table, partition, split
 from lepton_fl.errors import ConfigError, DataError
 from lepton_fl.study import Evaluation
+
+KEY = bytes(range(32))
 
 
 def rng():
@@ -17,104 +23,187 @@ def rows(table):
 
 def test_train_and_test_are_all_records_once(make_table):
     """Nothing is lost and nothing is on both sides."""
-    train, test = split(make_table([0, 1] * 20), Evaluation(), rng())
+    train, test = split(make_table([0, 1] * 20), Evaluation(), KEY)
 
     assert rows(train) | rows(test) == set(range(40))
     assert not rows(train) & rows(test)
-    assert len(test) == 10
 
 
 def test_a_unit_is_on_one_side(make_table):
     """The test shows people whom the model has not seen."""
-    units = [i // 3 for i in range(30)]
-    table = make_table([0, 0, 1] * 10, units=units)
+    units = [i // 3 for i in range(90)]
+    table = make_table([0, 0, 1] * 30, units=units)
 
-    train, test = split(table, Evaluation(), rng())
+    train, test = split(table, Evaluation(), KEY)
 
     assert not {units[r] for r in rows(train)} & {units[r] for r in rows(test)}
-    assert train.units + test.units == 10
+    assert train.units + test.units == 30
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.99])
-def test_both_sides_hold_both_classes_where_there_are_two_of_each(make_table, fraction):
-    """Two ill among a hundred: one on each side."""
-    table = make_table([1, 1] + [0] * 98)
-
-    train, test = split(table, Evaluation(test_fraction=fraction), rng())
-
-    assert train.positives == test.positives == 1
-    assert min(len(train), len(test)) >= 2
-
-
-@pytest.mark.parametrize("labels", [[0, 1], [0, 0], [1, 1], [1, 0, 0], [1, 1, 0]])
-def test_no_side_is_empty(make_table, labels):
-    """However few the units."""
-    train, test = split(make_table(labels), Evaluation(test_fraction=0.01), rng())
-
-    assert len(train) > 0
-    assert len(test) > 0
-
-
-def test_a_single_positive_trains(make_table):
-    """It teaches more than it tests."""
-    train, _ = split(make_table([1, 0, 0, 0]), Evaluation(), rng())
-
-    assert train.positives == 1
-
-
-def test_the_same_generator_gives_the_same_split(make_table):
-    """A run can be repeated."""
+def test_a_unit_is_held_out_by_its_keyed_hash_alone(make_table):
+    """The first 8 bytes of BLAKE2b, as a share of 2^64, against the fraction."""
     table = make_table([0, 1] * 20)
+    shares = [
+        int.from_bytes(hashlib.blake2b(b"lepton-fl/split/1\n" + unit.tobytes(), key=KEY).digest()[:8], "big")
+        / 2**64
+        for unit in table.key_U
+    ]
 
-    assert rows(split(table, Evaluation(), rng())[1]) == rows(split(table, Evaluation(), rng())[1])
+    _, test = split(table, Evaluation(test_fraction=0.3), KEY)
 
-
-def test_one_unit_cannot_be_split(make_table):
-    """All its records belong together."""
-    with pytest.raises(DataError, match="1 units cannot be split"):
-        split(make_table([0, 1], units=["a", "a"]), Evaluation(), rng())
-
-
-BY_TIME = Evaluation(split="time", time_column="seen")
+    assert rows(test) == {i for i, share in enumerate(shares) if share < 0.3}
 
 
-def test_the_latest_records_are_the_test(make_table):
-    """As the model will be used: on what comes after."""
+@pytest.mark.parametrize("fraction", [0.05, 0.25, 0.5])
+def test_about_the_fraction_is_held_out(make_table, fraction):
+    """As many as of a coin thrown for each unit: within 5 standard deviations."""
+    units = 20_000
+
+    _, test = split(make_table([0] * units), Evaluation(test_fraction=fraction), KEY)
+
+    assert abs(test.units - fraction * units) < 5 * np.sqrt(fraction * (1 - fraction) * units)
+
+
+def test_another_key_draws_other_sides(make_table):
+    """Independently: of two quarters a sixteenth is in both."""
+    table = make_table([0] * 20_000)
+
+    here, there = (rows(split(table, Evaluation(), key)[1]) for key in (KEY, KEY[::-1]))
+
+    assert abs(len(here & there) - 20_000 / 16) < 5 * np.sqrt(20_000 / 16 * 15 / 16)
+
+
+def test_records_that_read_the_same_are_on_one_side(make_contract):
+    """Different units with one key: a copy of a training record would judge nothing."""
+    contract = make_contract({"c": {"type": "float", "range": [0, 1000]}})
+    cells = [str(i // 2) for i in range(200)]
+    table = load_table(contract, [Batch({"c": cells, "ill": ["0"] * 200})], source="t")
+
+    train, test = split(table, Evaluation(), KEY)
+
+    assert table.units == 200
+    assert not set(train.raw_NC[:, 0]) & set(test.raw_NC[:, 0])
+
+
+@pytest.mark.parametrize(("key", "held"), [(b"0" * 16, "none"), (b"2" * 16, "all")])
+def test_no_side_is_empty(make_table, key, held):
+    """A table of one unit has nobody to judge by, or nobody to learn from."""
+    table = make_table([0, 1], units=["a", "a"])
+
+    with pytest.raises(DataError, match=f"of 1 units {held} would be held out at test_fraction 0.5"):
+        split(table, Evaluation(test_fraction=0.5), key)
+
+
+@pytest.mark.parametrize("length", [0, 15, 65])
+def test_a_key_that_is_no_secret_is_refused(make_table, length):
+    """Short enough to be searched, or longer than BLAKE2b takes."""
+    with pytest.raises(ValueError, match=f"a key of {length} bytes"):
+        split(make_table([0, 1]), Evaluation(), bytes(length))
+
+
+def by_time(cutoff):
+    return Evaluation(split="time", time_column="seen", cutoff=cutoff)
+
+
+def test_records_from_the_cutoff_on_are_the_test(make_table):
+    """As the model will be used: on what comes after. The cutoff itself is held out."""
     table = make_table([0] * 8, times=[8, 1, 7, 2, 6, 3, 5, 4])
 
-    _, test = split(table, BY_TIME, rng())
+    _, test = split(table, by_time(7), KEY)
 
     assert rows(test) == {0, 2}
 
 
-def test_records_of_one_instant_stay_together(make_table):
-    """Their order in the file means nothing."""
-    table = make_table([0] * 8, times=[1, 1, 1, 1, 1, 2, 2, 2])
+def test_a_cutoff_is_exact(make_table):
+    """The last number before it trains."""
+    times = [repr(t) for t in (np.nextafter(0.1, 0).item(), 0.1, np.nextafter(0.1, 1).item())]
 
-    _, test = split(table, BY_TIME, rng())
+    _, test = split(make_table([0] * 3, times=times), by_time(0.1), KEY)
 
-    assert rows(test) == {5, 6, 7}
-
-
-def test_a_crowded_first_instant_trains(make_table):
-    """Where the cut falls into the first instant, the test is what comes after it."""
-    table = make_table([0] * 8, times=[1] * 7 + [2])
-
-    _, test = split(table, BY_TIME, rng())
-
-    assert rows(test) == {7}
+    assert rows(test) == {1, 2}
 
 
-def test_records_of_one_instant_only_cannot_be_split(make_table):
-    """None of them is the latest."""
-    with pytest.raises(DataError, match="'seen': all 3 records are of one instant"):
-        split(make_table([0] * 3, times=[1] * 3), BY_TIME, rng())
+@pytest.mark.parametrize("cutoff", ["2026-01-31", "2026-01-31T00:00:00Z", "2026-01-31T02:00+02:00"])
+def test_a_cutoff_by_the_calendar(make_table, cutoff):
+    """Read as the cells are: UTC where no zone is named."""
+    times = [
+        "2026-01-30T23:59:59.999999",
+        "2026-01-31",
+        "2026-01-31T00:30:00+01:00",
+        "2026-01-30T23:30:00-01:00",
+    ]
+
+    _, test = split(make_table([0] * 4, times=times), by_time(cutoff), KEY)
+
+    assert rows(test) == {1, 3}
+
+
+@pytest.mark.parametrize(("cutoff", "side"), [(4, "before"), (1, "at or after")])
+def test_a_cutoff_beyond_all_records_is_refused(make_table, cutoff, side):
+    """Nothing would be judged, or nothing learnt."""
+    table = make_table([0] * 3, times=[1, 2, 3])
+
+    with pytest.raises(DataError, match=f"'seen': all 3 records are {side} the cutoff {cutoff}"):
+        split(table, by_time(cutoff), KEY)
 
 
 def test_a_table_without_times_cannot_be_split_by_time(make_table):
     """It was loaded for another study."""
     with pytest.raises(DataError, match="without its time column 'seen'"):
-        split(make_table([0, 1]), BY_TIME, rng())
+        split(make_table([0, 1]), by_time(1), KEY)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "form"),
+    [
+        (3, 3.0),
+        (" 3.0 ", 3.0),
+        ("20260131", 20260131.0),  # as a cell is read
+        ("2026-01-31", "2026-01-31T00:00:00+00:00"),
+        ("2026-01-31T02:00+02:00", "2026-01-31T00:00:00+00:00"),
+        (dt.date(2026, 1, 31), "2026-01-31T00:00:00+00:00"),  # as TOML reads it without quotes
+        (dt.datetime(2026, 1, 31, 12, tzinfo=dt.UTC), "2026-01-31T12:00:00+00:00"),
+    ],
+)
+def test_a_cutoff_has_one_form(spelling, form):
+    """So that studies that mean one instant have one id."""
+    evaluation = by_time(spelling)
+
+    assert evaluation.cutoff == form
+    assert by_time(evaluation.cutoff) == evaluation
+
+
+@pytest.mark.parametrize(
+    "cutoff", ["soon", "", "nan", "inf", "1_000", "2026-13-01", "0001-01-01T00:00+05:00", float("inf"), True]
+)
+def test_a_cutoff_that_is_no_time_is_refused(cutoff):
+    """Refused with the study, not at the sites."""
+    with pytest.raises(ValidationError, match="cutoff"):
+        by_time(cutoff)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"split": "time"},
+        {"split": "time", "time_column": "seen"},
+        {"split": "time", "cutoff": 3},
+        {"time_column": "seen"},
+        {"cutoff": 3},
+        {"time_column": "seen", "cutoff": 3},
+    ],
+)
+def test_split_by_time_has_a_column_and_a_cutoff(given):
+    """A part of the three is a mistake."""
+    with pytest.raises(ValidationError, match="split = 'time', time_column and cutoff go together"):
+        Evaluation(**given)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5000001])
+def test_most_units_train(fraction):
+    """Half of them at least, and some are held out."""
+    with pytest.raises(ValidationError, match="test_fraction"):
+        Evaluation(test_fraction=fraction)
 
 
 @pytest.mark.parametrize("how", ["iid", "dirichlet:0.1", "dirichlet:100"])

@@ -280,6 +280,7 @@ def test_a_subset_numbers_its_units_anew(make_table):
 
     assert part.unit_N.tolist() == [0, 1, 0]
     assert part.units == 2
+    assert part.key_U.tolist() == table.key_U[[1, 2]].tolist()
     assert part.y_N.tolist() == [1, 0, 1]
 
 
@@ -296,6 +297,13 @@ def test_the_fingerprint_names_the_data(make_table):
     assert make_table([0, 1]).fingerprint != make_table([1, 1]).fingerprint
 
 
+def test_the_fingerprint_is_of_features_labels_and_units(make_table):
+    """Evidence from before units had keys stays good."""
+    digest = "08640341a0a8f16559a82f14e2c4fea90583591f5ba71200a0ee8feefedb9774"
+
+    assert make_table([0, 1], units=["a", "b"]).fingerprint == digest
+
+
 def test_pooled_tables_keep_their_units_apart(make_table):
     """A unit is one person at one site."""
     table = make_table([0, 1, 1], units=["a", "b", "b"])
@@ -304,6 +312,7 @@ def test_pooled_tables_keep_their_units_apart(make_table):
 
     assert pooled.unit_N.tolist() == [0, 1, 1, 2, 3, 3]
     assert (len(pooled), pooled.units, pooled.positives) == (6, 4, 4)
+    assert pooled.key_U.tolist() == 2 * table.key_U.tolist()
 
 
 def test_tables_of_different_contracts_are_not_pooled(make_contract, make_table):
@@ -334,6 +343,6 @@ def test_memory_is_bounded_by_the_table(make_contract, write):
     finally:
         tracemalloc.stop()
 
-    held = sum(a.nbytes for a in (table.x_NF, table.y_N, table.unit_N, table.raw_NC))
+    held = sum(a.nbytes for a in (table.x_NF, table.y_N, table.unit_N, table.raw_NC, table.key_U))
     # Twice, while the batches are joined; and a batch of 4,096 rows as text.
     assert peak < 2.1 * held + 8e6
