@@ -81,13 +81,7 @@ def intervals(
     replacement and, within each, records with replacement. Sites where the metric is not defined (one
     class only) in a seed are left out of that seed's mean.
     """
-    sites, point_SK, value_SKR, drawn_SR = _bootstrap(metric, seeds, rng, resamples)
-    per_site = {
-        site: _interval(point_SK[:, k], _over_seeds(value_SKR[:, k, :], drawn_SR))
-        for k, site in enumerate(sites)
-    }
-    mean_SR = _nanmean(value_SKR, axis=1)
-    return per_site, _interval(_nanmean(point_SK, axis=1), _over_seeds(mean_SR, drawn_SR))
+    return _summaries(*_bootstrap(metric, seeds, rng, resamples))
 
 
 def gain(
@@ -97,16 +91,15 @@ def gain(
     *,
     seed: int,
     resamples: int = RESAMPLES,
-) -> Interval:
-    """Mean over sites of our metric minus theirs, paired: the same seeds and records in each resample.
+) -> tuple[dict[str, Interval], Interval]:
+    """Our metric minus theirs, by site and as the mean over sites; paired by seed and record.
 
     Much narrower than the two arms' own intervals, which share the luck of the held-out records.
     """
     # Equal generators and equal labels draw equal resamples.
-    _, our_SK, our_SKR, drawn_SR = _bootstrap(metric, ours, np.random.default_rng(seed), resamples)
+    sites, our_SK, our_SKR, drawn_SR = _bootstrap(metric, ours, np.random.default_rng(seed), resamples)
     _, their_SK, their_SKR, _ = _bootstrap(metric, theirs, np.random.default_rng(seed), resamples)
-    mean_SR = _nanmean(our_SKR - their_SKR, axis=1)
-    return _interval(_nanmean(our_SK - their_SK, axis=1), _over_seeds(mean_SR, drawn_SR))
+    return _summaries(sites, our_SK - their_SK, our_SKR - their_SKR, drawn_SR)
 
 
 def _bootstrap(
@@ -127,6 +120,18 @@ def _bootstrap(
                 if not np.isnan(point_SK[s, k]):
                     value_SKR[s, k] = _resampled(metric, seed[site], rng, resamples)
     return sites, point_SK, value_SKR, rng.integers(len(seeds), size=(len(seeds), resamples))
+
+
+def _summaries(
+    sites: list[str], point_SK: np.ndarray, value_SKR: np.ndarray, drawn_SR: np.ndarray
+) -> tuple[dict[str, Interval], Interval]:
+    """Each site's interval, and that of the mean over the sites where a seed defines it."""
+    per_site = {
+        site: _interval(point_SK[:, k], _over_seeds(value_SKR[:, k, :], drawn_SR))
+        for k, site in enumerate(sites)
+    }
+    mean_SR = _nanmean(value_SKR, axis=1)
+    return per_site, _interval(_nanmean(point_SK, axis=1), _over_seeds(mean_SR, drawn_SR))
 
 
 def _over_seeds(value_SR: np.ndarray, drawn_SR: np.ndarray) -> np.ndarray:

@@ -19,6 +19,8 @@ from lepton_fl.study import Study
 from lepton_fl.tasks.registry import registered
 
 ENTRY_POINTS = "lepton_fl.models"
+MAX_PARAMETERS = 20_000_000
+"""A site builds a study's model before it can refuse it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +89,15 @@ def build_model(study: Study, width: int, generator: torch.Generator) -> nn.Modu
             found=study.model_name,
             allowed=", ".join(["auto", *sorted(models)]),
         )
+    # Shapes first, without memory for them.
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in models[study.model_name].build(study, width).parameters())
+    if numbers > MAX_PARAMETERS:
+        raise ConfigError(
+            f"study {study.study.name}: its model has {numbers:,} parameters, allowed: {MAX_PARAMETERS:,}"
+        )
     model = models[study.model_name].build(study, width).float()
-    _refuse_batch_norm(model)
+    _refuse_mixing(model)
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     with torch.no_grad():
         for layer in linears:
@@ -104,10 +113,15 @@ def build_model(study: Study, width: int, generator: torch.Generator) -> nn.Modu
     return model
 
 
-def _refuse_batch_norm(model: nn.Module) -> None:
+def _refuse_mixing(model: nn.Module) -> None:
+    """Refuse what carries one record's trace to another's gradient or past the noise."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ConfigError(
                 f"model: layer {name!r} is {type(module).__name__}: BatchNorm mixes the records of a "
                 "batch, so one record's influence cannot be bounded; use LayerNorm or none"
             )
+    for name, _ in model.named_buffers():
+        raise ConfigError(
+            f"model: keeps a buffer {name!r} besides its parameters, and would carry it past clip and noise"
+        )

@@ -26,7 +26,9 @@ from lepton_fl.tasks.task import TaskSpec
 from lepton_fl.training.noise import SimulationNoise
 
 MICRO_BATCH_UNITS = 2048
-"""Units whose per-record gradients are held at once. Speed and memory only: the result is the same."""
+"""Units, and records, whose gradients are held at once. Speed and memory only: the result is the same."""
+HELD_NUMBERS = 50_000_000
+"""Numbers in the gradients held at once, where the model is large."""
 NO_CLIP = 1e30
 """Above any gradient, and finite: Opacus multiplies it by a noise multiplier of 0."""
 
@@ -145,31 +147,41 @@ def train_locally(
         loss_reduction="mean",
         generator=noising,
     )
+    taken = 0
     try:
         for _ in range(plan.steps):
             sampled = _poisson_sample(table.units, plan.sample_rate, sampling)
             # At least one chunk: an empty batch still makes its noisy step.
-            chunks = torch.split(sampled, MICRO_BATCH_UNITS) or (sampled,)
+            chunks = torch.split(sampled, _units_at_once(model)) or (sampled,)
             for number, chunk in enumerate(chunks, start=1):
                 index_B, owner_B = records.of(chunk)
                 optimizer.zero_grad(set_to_none=True)
-                if len(index_B):
-                    # An input that requires grad: torch warns of a backward hook without one.
-                    x_BF = x_NF[index_B].requires_grad_()
-                    task.loss(model(x_BF), y_N[index_B]).backward()
-                _sum_by_unit(model, owner_B, len(chunk))
+                _attach_unit_gradients(model, task, x_NF, y_N, index_B, owner_B, len(chunk))
                 optimizer.signal_skip_step(do_skip=number < len(chunks))
                 optimizer.step()
+            taken += 1
     finally:
         hooks.cleanup()
+        _forget_records(model)
     trained = arrays_of(model)
     return LocalUpdate(
         delta={name: trained[name] - arrays[name].astype(np.float32) for name in trained},
-        steps=plan.steps,
+        # Of the loop and the optimizer that ran, not of the plan.
+        steps=taken,
         sampling_rate=plan.sample_rate,
-        noise_multiplier=plan.noise_multiplier,
-        clip=plan.clip,
+        noise_multiplier=optimizer.noise_multiplier,
+        clip=optimizer.max_grad_norm,
     )
+
+
+def _forget_records(model: nn.Module) -> None:
+    """Drop what Opacus leaves of the records: the sum before its noise, and inputs of a broken-off step."""
+    for parameter in model.parameters():
+        parameter.grad = None
+        vars(parameter).pop("summed_grad", None)
+    for module in model.modules():
+        vars(module).pop("activations", None)
+        vars(module).pop("max_batch_len", None)
 
 
 def _inner_optimizer(model: nn.Module, plan: LocalPlan) -> torch.optim.Optimizer:
@@ -208,12 +220,58 @@ class _RecordsOfUnits:
         return self._order_N[self._start_U[unit_S][owner_B] + within_B], owner_B
 
 
-def _sum_by_unit(model: nn.Module, owner_B: Tensor, units: int) -> None:
-    """Turn each parameter's per-record gradients [B, ...] into per-unit ones [units, ...]."""
-    for parameter in model.parameters():
-        per_unit = torch.zeros((units, *parameter.shape), dtype=parameter.dtype)
-        # Nobody sampled: Opacus has attached nothing, and a step of noise alone is due.
-        per_record = getattr(parameter, "grad_sample", None)
-        if per_record is not None:
-            per_unit.index_add_(0, owner_B, per_record)
-        parameter.grad_sample = per_unit  # type: ignore[attr-defined]
+def _units_at_once(model: nn.Module) -> int:
+    """Units whose gradients are held at once: by the model's size alone, which is public."""
+    numbers = sum(p.numel() for p in model.parameters())
+    return max(1, min(MICRO_BATCH_UNITS, HELD_NUMBERS // numbers))
+
+
+def _attach_unit_gradients(
+    model: nn.Module,
+    task: TaskSpec,
+    x_NF: Tensor,
+    y_N: Tensor,
+    index_B: Tensor,
+    owner_B: Tensor,
+    units: int,
+) -> None:
+    """Give each parameter the gradients [units, ...] of the sampled units, as Opacus's `grad_sample`.
+
+    A unit's gradient is the sum over its records. What is not finite counts as zero, jointly over all
+    parameters, per record and again per unit: 0 * inf is NaN, so a single overflow that a server provoked
+    by its choice of parameters would otherwise say, without noise, that a certain record is there.
+    """
+    parameters = list(model.parameters())
+    sums = [torch.zeros((units, *p.shape), dtype=p.dtype) for p in parameters]
+    # By records too: one unit may own any number of them, and memory that runs out would say so.
+    at_once = _units_at_once(model)
+    for index_C, owner_C in zip(index_B.split(at_once), owner_B.split(at_once), strict=True):
+        if not len(index_C):
+            continue
+        # An input that requires grad: torch warns of a backward hook without one.
+        x_CF = x_NF[index_C].requires_grad_()
+        task.loss(model(x_CF), y_N[index_C]).backward()
+        per_record = [_taken(p, len(index_C)) for p in parameters]
+        _zero_unless_finite(per_record)
+        for total, gradient in zip(sums, per_record, strict=True):
+            total.index_add_(0, owner_C, gradient)
+    _zero_unless_finite(sums)
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.grad_sample = total  # type: ignore[attr-defined]
+
+
+def _taken(parameter: nn.Parameter, records: int) -> Tensor:
+    """The per-record gradients that Opacus attached, taken off again; zero where the loss used none of it."""
+    found: Tensor | None = parameter.grad_sample  # type: ignore[attr-defined]
+    parameter.grad_sample = None  # type: ignore[attr-defined]
+    return parameter.new_zeros((records, *parameter.shape)) if found is None else found
+
+
+def _zero_unless_finite(gradients: list[Tensor]) -> None:
+    """Zero each row that is not finite in every parameter, in place; rows are records or units."""
+    # A row's sum of magnitudes is not finite if any of it is not, or if its norm would overflow.
+    total_R = torch.stack([g.abs().flatten(1).sum(1) for g in gradients]).sum(0)
+    bad_R = ~torch.isfinite(total_R)
+    if bad_R.any():
+        for gradient in gradients:
+            gradient[bad_R] = 0.0

@@ -1,0 +1,329 @@
+"""A round of local training: who is sampled, what runs on nothing, and what it says of itself."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lepton_fl.errors import ConfigError, ProtocolError
+from lepton_fl.privacy import Gaussian, Guarantee
+from lepton_fl.tasks import arrays_of
+from lepton_fl.tasks.task import BINARY
+from lepton_fl.training import LocalPlan, LocalUpdate, SimulationNoise, train_locally
+from lepton_fl.training.local import NO_CLIP
+
+
+def sampled(train, make_model, records, step, rounds):
+    """Rounds x units: whose weight moved in which round."""
+    model = make_model(records.units)
+    start = arrays_of(model)
+    moved = []
+    for round in range(rounds):
+        noise = SimulationNoise(1, "north")
+        update = train_locally(model, BINARY, start, records, step, noise, round)
+        moved.append(update.delta["0.weight"][0] != 0)
+    return np.array(moved)
+
+
+# --- sampling ---
+
+
+def test_the_rate_is_the_studys(train, make_model, one_hot, plan):
+    """1000 units at 0.6: a loader of batches of 600 would sample at 1/2."""
+    taken = sampled(train, make_model, one_hot(1000), plan(sample_rate=0.6), rounds=40)
+
+    # Four standard deviations of the mean of 40,000 draws.
+    assert taken.mean() == pytest.approx(0.6, abs=4 * np.sqrt(0.24 / taken.size))
+
+
+def test_rate_one_takes_everybody(train, make_model, one_hot, plan):
+    """200 units at 1: all of them, each round."""
+    assert sampled(train, make_model, one_hot(200), plan(sample_rate=1.0), rounds=3).all()
+
+
+def test_the_batch_size_is_binomial(train, make_model, one_hot, plan):
+    """Poisson sampling, not batches of one size: the size varies by exactly units * q * (1 - q)."""
+    units, q, rounds = 200, 0.3, 400
+    taken = sampled(train, make_model, one_hot(units), plan(sample_rate=q), rounds)
+
+    sizes = taken.sum(axis=1)
+    variance = units * q * (1 - q)
+    assert sizes.mean() == pytest.approx(units * q, abs=4 * np.sqrt(variance / rounds))
+    assert sizes.var() == pytest.approx(variance, rel=4 * np.sqrt(2 / rounds))
+
+
+def test_units_are_sampled_independently(train, make_model, one_hot, plan):
+    """Each as often as any other, no pair together more or less often, no memory of the last round."""
+    q, rounds = 0.3, 400
+    taken = sampled(train, make_model, one_hot(200), plan(sample_rate=q), rounds)
+
+    z = (taken - q) / np.sqrt(q * (1 - q))
+    by_unit = z.sum(axis=0) / np.sqrt(rounds)
+    assert np.abs(by_unit).max() < 4.5
+    neighbours = (z[:, 1:] * z[:, :-1]).mean()
+    over_time = (z[1:] * z[:-1]).mean()
+    assert abs(neighbours) < 4 / np.sqrt(z.size)
+    assert abs(over_time) < 4 / np.sqrt(z.size)
+
+
+def test_steps_of_one_round_sample_anew(train, make_model, one_hot, plan):
+    """Under fedavg each local step draws its own batch."""
+    units, q = 1000, 0.2
+    taken = sampled(train, make_model, one_hot(units), plan(sample_rate=q, steps=4), rounds=5)
+
+    assert taken.mean() == pytest.approx(1 - (1 - q) ** 4, abs=0.03)
+
+
+def test_a_unit_comes_with_all_its_records(make_model, plan, train, make_records):
+    """Sampled are units; at no time a part of one."""
+    records = make_records([3] * 50)
+    records.x_NF = np.eye(150, dtype=np.float32)
+    moved = train(make_model(150), records, plan(sample_rate=0.4)).delta["0.weight"][0] != 0
+
+    by_unit = [set(moved[records.unit_N == unit]) for unit in range(50)]
+    assert {len(seen) for seen in by_unit} == {1}
+    assert 5 < sum(seen == {True} for seen in by_unit) < 45
+
+
+# --- steps on nothing ---
+
+
+def norm_of(update):
+    return np.sqrt(sum((value**2).sum() for value in update.delta.values()))
+
+
+def test_an_empty_batch_is_a_noisy_step(make_model, make_records, plan, train):
+    """Left out, it would be charged and not taken, and tell that nobody was sampled."""
+    update = train(
+        make_model(), make_records([1] * 5), plan(sample_rate=1e-12, noise_multiplier=1.0, steps=3)
+    )
+
+    assert update.steps == 3
+    assert all((value != 0).all() for value in update.delta.values())
+
+
+def test_a_table_without_units_is_trained_on_all_the_same(make_model, make_records, plan, train):
+    """What leaves is noise and nothing but."""
+    update = train(make_model(4, [3]), make_records([]), plan(noise_multiplier=1.0))
+
+    assert all((value != 0).all() for value in update.delta.values())
+
+
+def test_without_units_and_noise_nothing_moves(make_model, make_records, plan, train):
+    """The sum over nobody is zero."""
+    assert norm_of(train(make_model(), make_records([]), plan())) == 0
+
+
+def test_noise_reaches_a_parameter_that_no_record_moves(make_records, plan, train):
+    """A layer outside the graph has gradient zero, and zero has to be hidden as well."""
+
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 1), nn.Linear(2, 2)
+
+        def forward(self, x_BF):
+            return self.used(x_BF).squeeze(-1)
+
+    update = train(Idle(), make_records([1] * 5), plan(noise_multiplier=1.0))
+
+    assert (update.delta["idle.weight"] != 0).all()
+
+
+# --- streams ---
+
+
+def test_the_same_seed_gives_the_same_update(make_model, make_records, plan, train):
+    """To the bit."""
+    noisy, records = plan(noise_multiplier=1.0, sample_rate=0.5), make_records([2] * 20)
+
+    one, other = (train(make_model(), records, noisy).delta for _ in range(2))
+
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_each_party_purpose_round_and_seed_has_its_own_stream():
+    """Equal noise at two sites, in two rounds or in two studies would cancel out of a difference."""
+    streams = {
+        tuple(torch.rand(4, generator=SimulationNoise(seed, party).of(study).torch(purpose, round)).tolist())
+        for seed in (0, 1)
+        for party in ("north", "south")
+        for study in ("s", "t")
+        for purpose in ("sample", "noise")
+        for round in (0, 1, 11)
+    }
+
+    assert len(streams) == 48
+
+
+def test_unseeded_noise_never_repeats():
+    """Each stream is seeded by the operating system, that of one name asked for twice too."""
+    noise = SimulationNoise.unseeded("north").of("s")
+
+    one, other = (torch.rand(4, generator=noise.torch("noise", 1)) for _ in range(2))
+
+    assert not torch.equal(one, other)
+
+
+# --- what may be trained, and what is left ---
+
+
+def malformed(arrays):
+    first = next(iter(arrays))
+    yield "lacking", {name: a for name, a in arrays.items() if name != first}
+    yield "extra", {**arrays, "more": np.zeros(1, np.float32)}
+    yield "renamed", {("x" if name == first else name): a for name, a in arrays.items()}
+    yield "shape", {**arrays, first: arrays[first].T.copy()}
+    yield "scalar", {**arrays, first: np.float32(0).reshape(())}
+    yield "nan", {**arrays, first: arrays[first] * np.float32("nan")}
+    yield "inf", {**arrays, first: arrays[first] + np.float32("inf")}
+    yield "integers", {**arrays, first: arrays[first].astype(np.int64)}
+    yield "complex", {**arrays, first: arrays[first].astype(np.complex64)}
+    yield "objects", {**arrays, first: arrays[first].astype(object)}
+    yield "beyond float32", {**arrays, first: arrays[first].astype(np.float64) + 1e300}
+
+
+def test_malformed_arrays_are_refused_and_the_model_is_untouched(make_model, make_records, plan):
+    """A peer's parameters are checked in full before the first is taken."""
+    model = make_model()
+    before = arrays_of(model)
+    for what, arrays in malformed(before):
+        with pytest.raises(ProtocolError):
+            train_locally(model, BINARY, arrays, make_records([1]), plan(), SimulationNoise(1, "n"), 1)
+
+        after = arrays_of(model)
+        assert all(np.array_equal(after[name], before[name]) for name in before), what
+
+
+def left_by_opacus(model, untrained):
+    for parameter in model.parameters():
+        yield from vars(parameter)
+        yield from [] if parameter.grad is None else ["grad"]
+    for module, plain in zip(model.modules(), untrained.modules(), strict=True):
+        yield from (hook for name in vars(module) if name.endswith("_hooks") for hook in vars(module)[name])
+        yield from set(vars(module)) - set(vars(plain))
+
+
+def test_nothing_of_opacus_is_left(make_model, make_records, plan, train):
+    """No hook, no gradient of a record, no sum before its noise: the next round starts from a plain model."""
+    model = make_model(4, [3])
+    train(model, make_records([2] * 5), plan(noise_multiplier=1.0, steps=2))
+
+    assert list(left_by_opacus(model, make_model(4, [3]))) == []
+
+
+def test_nothing_of_opacus_is_left_after_a_failure(make_model, make_records, plan):
+    """An interrupted round leaves no record's input behind, and no hook that would collect more."""
+    model = make_model()
+    records = make_records([1] * 5)
+    records.y_N = records.y_N[:, None]
+
+    with pytest.raises(ValueError, match="size"):
+        train_locally(model, BINARY, arrays_of(model), records, plan(), SimulationNoise(1, "n"), 1)
+    assert list(left_by_opacus(model, make_model())) == []
+
+
+def test_a_model_is_trained_round_after_round(make_model, make_records, plan, train):
+    """The same module serves every round of a site; two rounds are two independent updates."""
+    model, records = make_model(), make_records([1] * 10)
+    first = arrays_of(model)
+    train(model, records, plan())
+    again = train_locally(model, BINARY, first, records, plan(), SimulationNoise(1, "n"), 2)
+
+    fresh = train(make_model(), records, plan())
+    assert all(np.allclose(again.delta[n], fresh.delta[n], atol=1e-7) for n in fresh.delta)
+
+
+# --- the plan and the statement of what ran ---
+
+
+def test_lockstep_sends_the_gradient(make_study):
+    """The optimizer and its rate are the server's: a site's delta is minus its gradient."""
+    study = make_study(train={"optimizer": "adam", "lr": 0.3})
+    plan = LocalPlan.of(study, Guarantee.of(study))
+
+    assert (plan.optimizer, plan.lr, plan.steps) == ("sgd", 1.0, 1)
+
+
+def test_fedavg_trains_with_the_studys_optimizer(make_study):
+    """Each site takes the study's steps at the study's rate."""
+    study = make_study(train={"strategy": "fedavg", "optimizer": "adam", "lr": 0.3, "local_steps": 4})
+    plan = LocalPlan.of(study, Guarantee.of(study))
+
+    assert (plan.optimizer, plan.lr, plan.steps) == ("adam", 0.3, 4)
+
+
+def test_local_noise_is_the_guarantees(make_study):
+    """Rate, clip and noise are those that were accounted for."""
+    study = make_study(privacy={"clip": 0.25})
+    guarantee = Guarantee.of(study)
+    plan = LocalPlan.of(study, guarantee)
+
+    assert plan.noise_multiplier == guarantee.event.noise_multiplier > 0
+    assert (plan.clip, plan.sample_rate, plan.expected_batch) == (0.25, 0.1, 20.0)
+
+
+def test_shared_noise_is_not_the_trainings_to_add_but_clipping_is(make_study):
+    """It is added to the encoded sum; the bound on a unit is kept here."""
+    study = make_study(privacy={"noise": "shared", "clip": 0.25})
+    plan = LocalPlan.of(study, Guarantee.of(study))
+
+    assert (plan.noise_multiplier, plan.clip) == (0.0, 0.25)
+
+
+def test_without_noise_nothing_is_clipped(make_study):
+    """`none` is the comparison without privacy."""
+    study = make_study(privacy={"noise": "none", "epsilon": None, "delta": None, "clip": 0.25})
+    plan = LocalPlan.of(study, Guarantee.of(study))
+
+    assert (plan.noise_multiplier, plan.clip) == (0.0, NO_CLIP)
+
+
+def test_an_undeclared_batch_is_refused(make_study):
+    """A site would else have to tell its own size."""
+    study = make_study(train={"expected_batch": None})
+
+    with pytest.raises(ConfigError, match="expected_batch is not declared"):
+        LocalPlan.of(study, Guarantee.of(study))
+
+
+def test_an_update_states_the_plan_that_ran(make_model, make_records, plan, train):
+    """Steps, rate, noise and clip as they were."""
+    step = plan(noise_multiplier=1.5, sample_rate=0.5, steps=2)
+    update = train(make_model(), make_records([1] * 5), step)
+
+    assert (update.steps, update.sampling_rate, update.noise_multiplier, update.clip) == (2, 0.5, 1.5, 0.5)
+    assert {value.dtype for value in update.delta.values()} == {np.dtype(np.float32)}
+
+
+CHARGED = Gaussian(noise_multiplier=1.0, sampling_rate=0.1, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("ran", "within"),
+    [
+        ({}, True),
+        ({"steps": 1}, True),
+        ({"steps": 3}, False),
+        ({"sampling_rate": 0.11}, False),
+        ({"noise_multiplier": 1.1}, True),
+        ({"noise_multiplier": 0.99}, False),
+        ({"noise_multiplier": float("nan")}, False),
+        ({"clip": 0.6}, False),
+    ],
+    ids=str,
+)
+def test_what_ran_is_within_what_was_charged(ran, within):
+    """More steps, a higher rate, less noise or a wider clip than charged are not."""
+    usual = {"delta": {}, "steps": 2, "sampling_rate": 0.1, "noise_multiplier": 1.0, "clip": 0.5}
+    update = LocalUpdate(**{**usual, **ran})
+
+    assert update.is_within(CHARGED, clip=0.5, local_noise=True) is within
+
+
+def test_noise_that_is_not_the_sites_to_add_is_not_asked_of_it():
+    """Under shared noise the site's own training adds none; the rest is checked all the same."""
+    update = LocalUpdate(delta={}, steps=2, sampling_rate=0.1, noise_multiplier=0.0, clip=0.5)
+
+    assert update.is_within(CHARGED, clip=0.5, local_noise=False)
+    assert not update.is_within(CHARGED, clip=0.4, local_noise=False)
