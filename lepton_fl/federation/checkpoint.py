@@ -26,6 +26,8 @@ class Checkpoint:
     """The state between two rounds of one run."""
 
     study_id: str
+    context: str
+    """What else must be the same for the run to go on."""
     run: str
     started: int
     """Highest round number ever sent out."""
@@ -39,6 +41,7 @@ class Checkpoint:
         about = {
             "format": _FORMAT,
             "study": self.study_id,
+            "context": self.context,
             "run": self.run,
             "started": str(self.started),
             "done": str(self.done),
@@ -49,11 +52,11 @@ class Checkpoint:
         write_atomic(path, save(tensors, metadata={**about, "sha256": _digest(about, tensors)}))
 
     @classmethod
-    def read(cls, path: Path, *, study_id: str) -> Checkpoint:
+    def read(cls, path: Path, *, study_id: str, context: str = "") -> Checkpoint:
         """The checkpoint at `path`.
 
         Raises:
-            ConfigError: it cannot be read, or is another study's.
+            ConfigError: it cannot be read, or is of another study or context.
             VerificationFailed: it is not whole, or not as it was written, round numbers included.
         """
         try:
@@ -72,9 +75,12 @@ class Checkpoint:
                 f"{path}: found a checkpoint of study {about['study'][:12]}, expected {study_id[:12]}",
                 fix="name another folder with --out, or leave --resume out",
             )
+        if about["context"] != context:
+            raise ConfigError(f"{path}: found a checkpoint of {about['context']!r}, expected {context!r}")
         prefix = "strategy/"
         return cls(
             study_id=study_id,
+            context=context,
             run=about["run"],
             started=int(about["started"]),
             done=int(about["done"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 SERVER_NODE = 1
 """The id under which the server sends; no site has it."""
 _POLL = 0.2
+PATIENCE = 2
+"""Rounds in a row that a site may miss: each one is charged to the sites that did answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,10 @@ class Federation:
     """Sites that are not asked (again) in this run, with the reason they or we gave."""
     released: dict[str, dict[str, float]] = field(default_factory=dict)
     """Evaluation figures that sites released, by site."""
+    context: str = ""
+    """What else must be the same when a run is resumed; the simulator puts its seed here."""
     _strategy_state: Arrays = field(default_factory=dict)
+    _missed: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def resume(
@@ -98,15 +104,21 @@ class Federation:
         study: Study,
         sites: Mapping[int, str] | None = None,
         observer: Observer | None = None,
+        context: str = "",
     ) -> Federation:
-        """Go on from a checkpoint, with the round after the last one that was sent out."""
-        found = Checkpoint.read(path, study_id=study.id)
+        """Go on from a checkpoint, with the round after the last one that was sent out.
+
+        Raises:
+            ConfigError: the checkpoint is another study's, or was written under another `context`.
+        """
+        found = Checkpoint.read(path, study_id=study.id, context=context)
         return cls(
             study=study,
             model=found.model,
             sites=sites,
             observer=observer,
             checkpoint=path,
+            context=context,
             run_id=found.run,
             started=found.started,
             done=found.done,
@@ -235,6 +247,10 @@ class Federation:
 
     def _still_in(self, cohort: dict[int, str], current: Round) -> dict[int, str]:
         """The cohort without the sites that left or were put out, named and not asked again."""
+        for name in cohort.values():
+            self._missed[name] = self._missed[name] + 1 if name in current.dropped else 0
+            if self._missed[name] >= PATIENCE:
+                current.left.add(name)
         for name in current.left:
             log.warning("round %d: %s is out: %s", current.number, name, current.dropped[name])
             self.refused[name] = current.dropped[name]
@@ -261,6 +277,7 @@ class Federation:
         if self.checkpoint is not None:
             Checkpoint(
                 study_id=self.study.id,
+                context=self.context,
                 run=self.run_id,
                 started=self.started,
                 done=self.done,

@@ -37,6 +37,19 @@ CREATE TABLE IF NOT EXISTS charges (
     fingerprint TEXT NOT NULL,
     UNIQUE (data_set, run, round)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS releases (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    at TEXT NOT NULL,
+    data_set TEXT NOT NULL,
+    study TEXT NOT NULL,
+    run TEXT NOT NULL,
+    what TEXT NOT NULL,
+    UNIQUE (data_set, run, what)
+) STRICT;
+CREATE TRIGGER IF NOT EXISTS releases_are_never_changed BEFORE UPDATE ON releases
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS releases_are_never_removed BEFORE DELETE ON releases
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS charges_are_never_changed BEFORE UPDATE ON charges
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS charges_are_never_removed BEFORE DELETE ON charges
@@ -180,7 +193,7 @@ class Ledger:
                 " noise_multiplier, sampling_rate, steps, clip, unit, delta, fingerprint)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    _now(),
                     budget.data_set,
                     charge.study,
                     charge.study_name,
@@ -196,6 +209,34 @@ class Ledger:
                     charge.fingerprint,
                 ),
             )
+
+    def release(self, data_set: str, *, study: str, run: str, what: str, charged: bool) -> None:
+        """Record, durably, that something leaves without noise: once for each run.
+
+        `charged`: only a run that was charged for training may have it, so that it cannot be had for
+        nothing and without end.
+
+        Raises:
+            PolicyRefused: the run had it before, or has trained nothing here.
+        """
+        with self._transaction():
+            if charged and not self._rounds_of(data_set, run):
+                raise PolicyRefused(f"{what}: this run has trained nothing here", public="nothing to judge")
+            if what in self.released(data_set, run=run):
+                raise PolicyRefused(
+                    f"{what}: released to this run before, and is released once", public="released before"
+                )
+            self._db.execute(
+                "INSERT INTO releases (at, data_set, study, run, what) VALUES (?, ?, ?, ?, ?)",
+                (_now(), data_set, study, run, what),
+            )
+
+    def released(self, data_set: str, *, run: str) -> tuple[str, ...]:
+        """What left without noise in a run."""
+        rows = self._rows(
+            "SELECT what FROM releases WHERE data_set = ? AND run = ? ORDER BY seq", (data_set, run)
+        )
+        return tuple(what for (what,) in rows)
 
     def events(self, data_set: str, *, study: str | None = None, run: str | None = None) -> list[Gaussian]:
         """All events charged to a data-set id, of one study or run or of all, merged by (sigma, q)."""
@@ -247,6 +288,19 @@ class Ledger:
                 f"study asks delta {planned.delta:g}, this site allows {budget.delta_total:g} "
                 f"({budget.file}, budget.delta_total)",
                 public="delta above the site's limit",
+            )
+        other = self._rows(
+            "SELECT unit FROM charges WHERE data_set = ? AND unit != ? LIMIT 1",
+            (budget.data_set, planned.unit),
+        )
+        if other:
+            # A step that protects customers bounds a record's part by twice its clip, and one that
+            # protects records says nothing of customers: the two do not compose.
+            raise PolicyRefused(
+                f"study protects unit {planned.unit!r}, and data set {budget.data_set} was charged per "
+                f"{other[0][0]!r}: budgets of different units do not add up",
+                fix="keep one privacy unit for a data set",
+                public="the site's budget is kept for another privacy unit",
             )
         run = _times(planned.event, rounds)
         total = epsilon([*self.events(budget.data_set), run], budget.delta_total)
@@ -345,6 +399,10 @@ class _Reservation:
             and self.others == others
             and mine < self.rounds
         )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _times(event: Gaussian, rounds: int) -> Gaussian:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from lepton_fl.errors import PolicyRefused
+from lepton_fl.errors import BadRequest, PolicyRefused
 from lepton_fl.messages import (
     ARRAYS,
     CONFIG,
@@ -20,8 +21,8 @@ from lepton_fl.messages import (
     update_reply,
 )
 from lepton_fl.site.mods import mods_of, unknown_type
-from lepton_fl.site.site import Site
-from lepton_fl.tasks.arrays import check_like, load_arrays
+from lepton_fl.site.site import Site, Workbench
+from lepton_fl.tasks.arrays import Arrays, check_like, load_arrays
 from lepton_fl.tasks.metrics import evaluate as evaluate_metric
 from lepton_fl.tasks.task import score
 from lepton_fl.training.local import LocalPlan, train_locally
@@ -42,6 +43,10 @@ class _SiteApp(ClientApp):
         return super().__call__(message, context)
 
 
+MAX_PARAMETER = 1e6
+"""Magnitude of a parameter that a site accepts; beyond it arithmetic could be made to overflow."""
+
+
 def client_app(site: Site) -> ClientApp:
     """Flower's ClientApp for `site`, its policy and its ledger built in.
 
@@ -59,15 +64,13 @@ def client_app(site: Site) -> ClientApp:
     def train(message: Message, _: Context) -> Message:
         assignment = read_assignment(message)
         study, bench = assignment.study, site.bench(assignment.study)
-        arrays = from_record(message.content.array_records[ARRAYS])
-        check_like(arrays, bench.template)
         update = train_locally(
             bench.model,
             bench.task,
-            arrays,
+            _received(message, bench),
             bench.data.train,
             LocalPlan.of(study, bench.guarantee),
-            site.noise,
+            site.noise.of(study.id),
             assignment.round,
         )
         charged = bench.guarantee.round_event
@@ -85,12 +88,34 @@ def client_app(site: Site) -> ClientApp:
         study, bench = assignment.study, site.bench(assignment.study)
         metrics = MetricRecord({WEIGHT: 1.0})
         if site.policy.release.metrics == "exact":
-            arrays = from_record(message.content.array_records[ARRAYS])
-            load_arrays(bench.model, arrays)
+            load_arrays(bench.model, _received(message, bench))
             test = bench.data.test
             value = evaluate_metric(study.task.metric, test.y_N, score(bench.model, bench.task, test.x_NF))
+            site.ledger.release(
+                site.policy.data.id,
+                study=study.id,
+                run=assignment.run,
+                what=f"{study.task.metric} on held-out records",
+                charged=bench.guarantee.event is not None,
+            )
             metrics[study.task.metric] = value
-            site.released_exact.append(f"{study.task.metric} on held-out records")
         return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
     return app
+
+
+def _received(message: Message, bench: Workbench) -> Arrays:
+    """The parameters in a message, checked against the study's model.
+
+    Raises:
+        ProtocolError: names, shapes or types are not the model's, or a value is not finite or is enormous.
+            Decided before any record is touched, so that the answer tells nothing of the records.
+    """
+    record = message.content.array_records.get(ARRAYS)
+    if record is None:
+        raise BadRequest("message: carries no parameters")
+    arrays = from_record(record)
+    check_like(arrays, bench.template)
+    if any(np.abs(array).max(initial=0.0) > MAX_PARAMETER for array in arrays.values()):
+        raise BadRequest(f"message: a parameter beyond {MAX_PARAMETER:g}")
+    return arrays

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from lepton_fl.data import Contract, load_table, read_csv, split
+from lepton_fl.errors import ConfigError
+from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Ledger
 from lepton_fl.site.config import SiteConfig, load_site_config
 from lepton_fl.site.policy import Approvals, load_policy
 from lepton_fl.site.site import Deployed, Site, SiteData
 from lepton_fl.study import Study
 from lepton_fl.training.noise import SimulationNoise
-
-SPLIT_SEED = 0
-"""Of the held-out part. Not a secret, and fixed: a record must not be held out in one run and trained on
-in the next, or the held-out part would judge what it has taught."""
 
 
 def open_site(path: Path) -> Site:
@@ -31,6 +30,7 @@ def open_site(path: Path) -> Site:
             A site without all three refuses everything.
     """
     config = load_site_config(path)
+    torch.set_num_threads(config.runtime.threads)
     home = path.parent
     policy_file, state = home / config.site.policy, home / config.site.state
     return Site(
@@ -39,18 +39,38 @@ def open_site(path: Path) -> Site:
         policy_file=str(policy_file),
         ledger=Ledger(state / "ledger.db"),
         approvals=Approvals(state / "approvals.jsonl"),
-        load=_loader(config, home),
+        load=_loader(config, home, _split_key(state / "split.key")),
         noise=SimulationNoise.unseeded(config.site.id),
         surroundings=Deployed(),
     )
 
 
-def _loader(config: SiteConfig, home: Path) -> Callable[[Study], SiteData]:
+def _loader(config: SiteConfig, home: Path, key: bytes) -> Callable[[Study], SiteData]:
     def load(study: Study) -> SiteData:
         contract, source = Contract.of(study), home / config.data.source
         batches = read_csv(source, contract, columns=config.data.columns, delimiter=config.data.delimiter)
         table = load_table(contract, batches, source=str(source))
-        train, test = split(table, study.evaluation, np.random.default_rng(SPLIT_SEED))
+        train, test = split(table, study.evaluation, key)
         return SiteData(train=train, test=test)
 
     return load
+
+
+def _split_key(path: Path) -> bytes:
+    """The site's own key that says which units are held out, made where there is none.
+
+    One for all studies and for good: a record must not be held out in one run and trained on in the next,
+    or the held-out part would judge what it has taught.
+
+    Raises:
+        ConfigError: it cannot be read or made, or is not 32 bytes.
+    """
+    try:
+        if not path.exists():
+            write_atomic(path, os.urandom(32), mode=0o600)
+        key = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: the site's split key cannot be used: {error.strerror}") from None
+    if len(key) != 32:
+        raise ConfigError(f"{path}: found {len(key)} bytes, the site's split key has 32")
+    return key

@@ -27,6 +27,9 @@ from lepton_fl.site.site import Deployed, Site
 
 log = logging.getLogger(__name__)
 
+TABLE_REFUSED = "the site does not take part in this study"
+"""All that a server hears of a refusal that depends on the records."""
+
 
 def mods_of(site: Site) -> list[Mod]:
     """The controls of `site`, in their order."""
@@ -46,7 +49,8 @@ def _guard_mod(site: Site) -> Mod:
 
     def guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         try:
-            return call_next(message, context)
+            with site.lock:
+                return call_next(message, context)
         except LeptonError as error:
             site.refusals.append(error)
             log.info("site %s refused: %s", site.name, error)
@@ -84,15 +88,19 @@ def _admit(site: Site, assignment: Assignment, *, joining: bool) -> None:
         file=site.policy_file,
         approvals=site.approvals,
     )
-    train = site.bench(study).data.train
-    admit_data(
-        site.policy,
-        study,
-        units=train.units,
-        rows=len(train),
-        positives=train.positives,
-        file=site.policy_file,
-    )
+    try:
+        train = site.bench(study).data.train
+        admit_data(
+            site.policy,
+            study,
+            units=train.units,
+            rows=len(train),
+            positives=train.positives,
+            file=site.policy_file,
+        )
+    except LeptonError as error:
+        # Rows were read: which check failed would answer a question that the server chose.
+        raise PolicyRefused(error.message, fix=error.fix, public=TABLE_REFUSED) from None
 
 
 def _ledger_mod(site: Site) -> Mod:

@@ -12,7 +12,7 @@ from pydantic import Field
 from lepton_fl.config import Array, Strict, load
 from lepton_fl.errors import ConfigError, PolicyRefused
 from lepton_fl.privacy.ledger import Budget
-from lepton_fl.study import Fraction, Name, Positive, Study
+from lepton_fl.study import Name, Positive, Study
 
 
 class _Data(Strict):
@@ -23,7 +23,7 @@ class _Data(Strict):
 class _Budget(Strict):
     epsilon_total: Positive
     epsilon_per_study: Positive
-    delta_total: Fraction
+    delta_total: Annotated[float, Field(ge=1e-10, lt=1)]
 
 
 class _Require(Strict):
@@ -134,20 +134,17 @@ def admit_data(policy: Policy, study: Study, *, units: int, rows: int, positives
     """Refuse a study that this site's own table is too small for.
 
     Raises:
-        PolicyRefused: the counts are in the message for the site, and not in its public part.
+        PolicyRefused: with counts, for the site's own people; a server hears nothing of them.
     """
     require = policy.require
-    public = "the site's table is too small for the study"
     if rows < require.min_rows:
         raise PolicyRefused(
             f"{rows} training rows, this site asks {require.min_rows} ({file}, require.min_rows)",
-            public=public,
         )
     if positives < require.min_positives:
         raise PolicyRefused(
             f"{positives} positive training rows, this site asks {require.min_positives} "
             f"({file}, require.min_positives)",
-            public=public,
         )
     delta = study.privacy.delta
     if delta is not None and delta * units >= 1:
@@ -155,7 +152,6 @@ def admit_data(policy: Policy, study: Study, *, units: int, rows: int, positives
             f"study {study.study.name} asks delta {delta:g}, with {units} units here it must be below "
             f"{1 / units:.3g}: at delta >= 1/units one unit may be published whole",
             fix=f"lower privacy.delta below {1 / units:.3g}",
-            public=public,
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,7 +18,8 @@ from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, TaskSpec, build_model, task_of
 from lepton_fl.training.noise import SimulationNoise
 
-log = logging.getLogger(__name__)
+BENCHES = 4
+"""Studies kept ready at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,10 @@ class Site:
     """Reads the institution's own table under a study's contract."""
     noise: SimulationNoise
     surroundings: Surroundings
-    refusals: list[LeptonError] = field(default_factory=list)
+    refusals: deque[LeptonError] = field(default_factory=lambda: deque(maxlen=100))
     """Why this site refused, in full, for its own people; a server gets the public part only."""
-    released_exact: list[str] = field(default_factory=list)
-    """What left without noise."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """One message at a time: model and workbench are shared."""
     _bench: dict[str, Workbench] = field(default_factory=dict)
 
     @property
@@ -86,7 +88,9 @@ class Site:
     def bench(self, study: Study) -> Workbench:
         """Data and model for a study, prepared once."""
         if study.id not in self._bench:
-            self._bench.clear()
+            # A few, so that two studies in turn do not read the table anew with each message.
+            while len(self._bench) >= BENCHES:
+                self._bench.pop(next(iter(self._bench)))
             self._bench[study.id] = Workbench.prepare(study, self.load(study))
         return self._bench[study.id]
 

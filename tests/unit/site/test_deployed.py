@@ -1,0 +1,130 @@
+"""An agent opens with its policy, its ledger and its table, or not at all."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.clientapp import ClientApp
+
+from lepton_fl.errors import ConfigError
+from lepton_fl.messages import JOIN
+from lepton_fl.site import Deployed, open_site
+
+CLIENT = Path(__file__).parents[3] / "client" / "app.py"
+POLICY = """\
+[data]
+id = "clinic-records"
+[budget]
+epsilon_total = 5.0
+epsilon_per_study = 5.0
+delta_total = 1e-2
+[require]
+secure_aggregation = false
+approval = "auto"
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A clinic's folder, whole."""
+    (tmp_path / "site.toml").write_text('[site]\nid = "clinic"\n[data]\nsource = "records.csv"\n')
+    (tmp_path / "policy.toml").write_text(POLICY)
+    rows = "".join(f"{i / 100 - 0.5},{i % 2}\n" for i in range(100))
+    (tmp_path / "records.csv").write_text("x,ill\n" + rows)
+    return tmp_path
+
+
+@pytest.fixture
+def opened(home):
+    """The clinic, open."""
+    site = open_site(home / "site.toml")
+    yield site
+    site.ledger.close()
+
+
+def load_client():
+    """Import client/app.py anew, as a SuperNode would."""
+    spec = importlib.util.spec_from_file_location("client_app_under_test", CLIENT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_site_opens_as_deployed(opened):
+    """Not as part of a simulation, and with its ledger on disk."""
+    assert isinstance(opened.surroundings, Deployed)
+    assert opened.ledger.path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("missing", ["site.toml", "policy.toml"])
+def test_a_site_without_a_file_does_not_open(home, missing):
+    """Without a policy there is no site, so there is no app."""
+    (home / missing).unlink()
+
+    with pytest.raises(ConfigError, match=missing):
+        open_site(home / "site.toml")
+
+
+def test_a_site_without_a_ledger_does_not_open(home):
+    """What is in its place is no database."""
+    (home / "state").mkdir()
+    (home / "state" / "ledger.db").write_bytes(b"not a ledger" * 100)
+
+    with pytest.raises(ConfigError, match="cannot be used as a ledger"):
+        open_site(home / "site.toml")
+
+
+def test_no_noise_is_drawn_twice(home, opened, study):
+    """A seed known to anyone is no privacy."""
+    again = open_site(home / "site.toml")
+    again.ledger.close()
+
+    drawn = {torch.rand(1, generator=s.noise.torch("noise", 1)).item() for s in (again, opened, opened)}
+    assert len(drawn) == 3
+
+
+def test_a_record_held_out_once_is_held_out_in_every_run(home, opened, study):
+    """It would otherwise judge what it has taught."""
+    again = open_site(home / "site.toml")
+    again.ledger.close()
+
+    assert again.load(study).test.fingerprint == opened.load(study).test.fingerprint
+
+
+def test_a_deployed_site_trains_on_its_own_table(opened, ask, charged):
+    """From the CSV file to a charge and an update."""
+    reply = ask(opened)
+
+    assert not reply.has_error()
+    assert charged(opened) == [1]
+
+
+def test_client_app_does_not_load_without_its_site(monkeypatch):
+    """LEPTON_FL_SITE is the institution's to set; no message can."""
+    monkeypatch.delenv("LEPTON_FL_SITE", raising=False)
+
+    with pytest.raises(ConfigError, match="LEPTON_FL_SITE is not set"):
+        load_client()
+
+
+def test_client_app_does_not_load_without_a_policy(monkeypatch, home):
+    """The node then answers nothing."""
+    (home / "policy.toml").unlink()
+    monkeypatch.setenv("LEPTON_FL_SITE", str(home / "site.toml"))
+
+    with pytest.raises(ConfigError, match=r"policy\.toml"):
+        load_client()
+
+
+def test_client_app_refuses_secure_aggregation(monkeypatch, home, make_study, ask):
+    """This release's agents have none."""
+    monkeypatch.setenv("LEPTON_FL_SITE", str(home / "site.toml"))
+    app = load_client().app
+    study = make_study(secure_aggregation={"enabled": True})
+
+    reply = ask(app, JOIN, study=study, cohort=())
+
+    app._site.ledger.close()
+    assert isinstance(app, ClientApp)
+    assert reply.error.reason == "secure aggregation is not available at the site"

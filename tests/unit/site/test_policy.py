@@ -1,0 +1,235 @@
+"""policy.toml: each rule refuses by itself, says by how much to the site, and how little to the server."""
+
+import pytest
+
+from lepton_fl.config import parse
+from lepton_fl.errors import ConfigError, PolicyRefused
+from lepton_fl.site import Deployed, Policy
+from lepton_fl.site.policy import Approvals, admit_data, admit_study
+
+FILE = "/srv/clinic/policy.toml"
+
+
+@pytest.fixture
+def approvals(tmp_path):
+    return Approvals(tmp_path / "approvals.jsonl")
+
+
+@pytest.fixture
+def admit(make_study, make_policy, approvals):
+    """Judge a study under a policy, each changed as said, for a cohort of three."""
+
+    def run(study=(), policy=(), *, cohort=3):
+        admit_study(
+            make_policy(**dict(policy)),
+            make_study(**dict(study)),
+            cohort=cohort,
+            file=FILE,
+            approvals=approvals,
+        )
+
+    return run
+
+
+def test_a_study_within_the_policy_is_admitted(admit):
+    """Otherwise the refusals below would show nothing."""
+    admit()
+
+
+@pytest.mark.parametrize(
+    ("study", "policy", "found", "allowed", "key"),
+    [
+        (
+            {},
+            {"budget": {"epsilon_per_study": 3.5}},
+            "epsilon 4 per record",
+            "3.5",
+            "budget.epsilon_per_study",
+        ),
+        ({}, {"budget": {"delta_total": 1e-4}}, "delta 0.001", "0.0001", "budget.delta_total"),
+        (
+            {"privacy": {"noise": "none", "epsilon": None, "delta": None}},
+            {},
+            "noise 'none'",
+            "noise only",
+            "require.differential_privacy",
+        ),
+        (
+            {"privacy": {"unit": "patient"}},
+            {},
+            "privacy unit 'patient'",
+            "'record'",
+            "require.privacy_units",
+        ),
+        (
+            {},
+            {"require": {"secure_aggregation": True}},
+            "no secure aggregation",
+            "secure aggregation only",
+            "require.secure_aggregation",
+        ),
+        ({}, {"require": {"min_sites": 4}}, "a cohort of 3", "4 or more", "require.min_sites"),
+        (
+            {"secure_aggregation": {"min_sites": 5}},
+            {},
+            "a cohort of 3",
+            "5 or more",
+            "the study's own min_sites",
+        ),
+        (
+            {"model": {"name": "mlp"}},
+            {"release": {"allow_models": ["logreg"]}},
+            "model 'mlp'",
+            "'logreg'",
+            "release.allow_models",
+        ),
+        ({}, {"require": {"approval": "signed-study"}}, "not signed", "signed studies", "require.approval"),
+        ({}, {"require": {"approval": "manual"}}, "approval", "approved studies only", "require.approval"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value and " " not in value else "",
+)
+def test_a_rule_refuses(admit, study, policy, found, allowed, key):
+    """The site reads what was asked, what is allowed, the file and the key; the server the key alone."""
+    with pytest.raises(PolicyRefused) as refused:
+        admit(study, policy)
+
+    assert found in refused.value.message
+    assert f"this site allows {allowed} ({FILE}, {key})" in refused.value.message
+    assert refused.value.public == f"the site's policy refuses the study ({key})"
+
+
+def test_a_cohort_not_yet_formed_is_not_too_small(admit):
+    """A `JOIN` is asked before there is one."""
+    admit(cohort=None)
+
+
+def test_a_study_without_noise_runs_where_the_policy_says_so(admit):
+    """differential_privacy = false is the site's to write."""
+    admit(
+        {"privacy": {"noise": "none", "epsilon": None, "delta": None}},
+        {"require": {"differential_privacy": False}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "strict"),
+    [
+        ("secure_aggregation", True),
+        ("differential_privacy", True),
+        ("min_sites", 3),
+        ("privacy_units", ("record",)),
+        ("approval", "manual"),
+    ],
+)
+def test_an_absent_requirement_is_the_strict_one(key, strict):
+    """A policy of data and budget alone forbids more than any longer one."""
+    budget = {"epsilon_total": 1.0, "epsilon_per_study": 1.0, "delta_total": 1e-6}
+
+    policy = parse(Policy, {"data": {"id": "d"}, "budget": budget}, file=FILE)
+
+    assert getattr(policy.require, key) == strict
+    assert policy.release.metrics == "none"
+    assert policy.release.allow_models == ("logreg", "mlp")
+
+
+@pytest.mark.parametrize("key", ["epsilon_total", "epsilon_per_study", "delta_total"])
+def test_a_budget_has_no_default(key):
+    """How much may be spent is written, never assumed."""
+    budget = {"epsilon_total": 1.0, "epsilon_per_study": 1.0, "delta_total": 1e-6}
+    del budget[key]
+
+    with pytest.raises(ConfigError, match=f"budget.{key}: missing"):
+        parse(Policy, {"data": {"id": "d"}, "budget": budget}, file=FILE)
+
+
+def test_a_misspelt_limit_is_refused():
+    """It would otherwise be no limit at all."""
+    raw = {"data": {"id": "d"}, "budget": {}, "require": {"min_site": 9}}
+
+    with pytest.raises(ConfigError, match="did you mean 'min_sites'"):
+        parse(Policy, raw, file=FILE)
+
+
+def test_an_approved_study_is_admitted(admit, approvals, study):
+    """A person at the site named this very study."""
+    approvals.add(study)
+
+    admit((), {"require": {"approval": "manual"}})
+
+
+def test_an_approval_is_of_one_study_id(admit, approvals, make_study):
+    """Another learning rate is another study."""
+    approvals.add(make_study(train={"lr": 0.2}))
+
+    with pytest.raises(PolicyRefused, match=r"require\.approval"):
+        admit((), {"require": {"approval": "manual"}})
+
+
+@pytest.mark.parametrize("line", ["", "approved", "[1]", '{"study": 1}', '{"study": "%s'])
+def test_an_approval_that_cannot_be_read_approves_nothing(admit, approvals, study, line):
+    """A cut or foreign line is no approval."""
+    approvals.path.write_text(line.replace("%s", study.id))
+
+    with pytest.raises(PolicyRefused, match=r"require\.approval"):
+        admit((), {"require": {"approval": "manual"}})
+
+
+@pytest.mark.parametrize(
+    ("policy", "found", "allowed"),
+    [
+        (
+            {"require": {"min_rows": 61}},
+            "60 training rows",
+            "asks 61 (/srv/clinic/policy.toml, require.min_rows)",
+        ),
+        (
+            {"require": {"min_positives": 32}},
+            "31 positive training rows",
+            "asks 32 (/srv/clinic/policy.toml, require.min_positives)",
+        ),
+    ],
+)
+def test_a_table_that_is_too_small_refuses(make_policy, study, policy, found, allowed):
+    """The site reads its counts, the limit and the key."""
+    with pytest.raises(PolicyRefused) as refused:
+        admit_data(make_policy(**policy), study, units=60, rows=60, positives=31, file=FILE)
+
+    assert found in refused.value.message
+    assert allowed in refused.value.message
+    assert refused.value.public == "PolicyRefused"
+
+
+def test_delta_of_one_over_the_units_refuses(make_policy, make_study):
+    """At delta >= 1/units one unit may be published whole."""
+    study = make_study(privacy={"delta": 0.01})
+
+    with pytest.raises(PolicyRefused, match=r"with 100 units here it must be below 0\.01"):
+        admit_data(make_policy(), study, units=100, rows=200, positives=9, file=FILE)
+
+
+def test_delta_below_one_over_the_units_is_admitted(make_policy, make_study):
+    """Units count, not rows."""
+    study = make_study(privacy={"delta": 0.01})
+
+    admit_data(make_policy(), study, units=99, rows=500, positives=9, file=FILE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"privacy": {"noise": "shared"}, "secure_aggregation": {"enabled": True}},
+        {"secure_aggregation": {"enabled": True}},
+    ],
+    ids=["shared noise", "secure aggregation"],
+)
+def test_a_deployed_agent_refuses_what_it_cannot_protect(make_study, changes):
+    """Without secure aggregation the server would see the update."""
+    with pytest.raises(PolicyRefused) as refused:
+        Deployed().admit(make_study(**changes))
+
+    assert refused.value.public == "secure aggregation is not available at the site"
+
+
+def test_a_deployed_agent_admits_local_noise(study):
+    """Private against everyone, the server included."""
+    Deployed().admit(study)
