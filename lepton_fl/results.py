@@ -16,7 +16,9 @@ from lepton_fl.errors import ConfigError
 from lepton_fl.files import write_atomic
 
 FORMAT = "lepton-fl/results/1"
-ArmName = Literal["local", "federated", "pooled"]
+ArmName = Literal["local", "linear", "federated", "pooled"]
+"""local, linear: a site's own gradient boosting and logistic regression, on its own records alone."""
+OwnArm = Literal["local", "linear"]
 
 
 class Interval(Strict):
@@ -49,6 +51,10 @@ class SiteSummary(Strict):
     """The data-set id that the site's policy names: what the budget belongs to."""
     released_exact: tuple[str, ...] = ()
     """What left this site without noise. Printed in red."""
+    own_best: OwnArm | None = None
+    """The better of the site's own models on the held-out records: chosen with hindsight, in its favour."""
+    gain: Interval | None = None
+    """Federated minus `own_best` at this site, paired by seed and held-out record."""
     status: str = "took part"
     """`took part`, or why it was left out."""
 
@@ -136,7 +142,7 @@ class Results(Strict):
     sites: tuple[SiteSummary, ...]
     arms: tuple[Arm, ...]
     gain: Interval | None = None
-    """Federated minus local, mean over sites, paired by seed and held-out record."""
+    """Federated minus each site's `own_best`, mean over sites, paired by seed and held-out record."""
     curve: tuple[CurvePoint, ...] = ()
     seeds: tuple[int, ...]
     bootstrap: int

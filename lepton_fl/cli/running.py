@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from lepton_fl.simulation import Plan
 
 _ARMS: tuple[ArmName, ...] = ("local", "federated", "pooled")
-WIDE = 100
+_COLUMNS: dict[ArmName, str] = {
+    "local": "own boosting",
+    "linear": "own linear",
+    "federated": "federated",
+    "pooled": "pooled",
+}
+WIDE = 120
 """Columns of a terminal that a table with intervals needs."""
 
 
@@ -102,7 +108,7 @@ def _summary(results: Results, folder: Path) -> None:
     def figures(site: str | None) -> list[str]:
         """Each arm's figure at one site, or their mean."""
         found = []
-        for name in _ARMS:
+        for name in _COLUMNS:
             arm = by_name.get(name)
             value = None if arm is None else arm.mean if site is None else arm.per_site.get(site)
             found.append("-" if arm is None else _figure(value, brief=brief))
@@ -115,7 +121,7 @@ def _summary(results: Results, folder: Path) -> None:
         row = [site.site, str(site.train_units), *figures(site.site), spent]
         rows.append(row if all_in else [*row, site.status])
     rows.append(["mean", "", *figures(None), *([""] if all_in else ["", ""])])
-    columns = ["site", "units", "own boosting", "federated", "pooled", "epsilon spent"]
+    columns = ["site", "units", *_COLUMNS.values(), "epsilon spent"]
     seeds = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
     intervals = "" if brief else ", 95 % intervals"
     print_table(

@@ -12,12 +12,12 @@ from html import escape
 from typing import Any
 
 from lepton_fl.report import wording
-from lepton_fl.report.findings import arm, comparisons
+from lepton_fl.report.findings import OWN, arm, better, comparisons
 from lepton_fl.results import CurvePoint, Interval, Results, RoundSummary
 
 Figure = dict[str, Any]
 
-ARMS = ("local", "federated", "pooled")
+ARMS = ("local", "linear", "federated", "pooled")
 _BAR = 20
 """Height of one bar, px."""
 _LABEL = 24
@@ -25,7 +25,7 @@ _LABEL = 24
 
 
 def by_site(results: Results) -> Figure:
-    """Bars with whiskers: the site's own model, federated and pooled."""
+    """Bars with whiskers: the site's own two models, federated and pooled."""
     rows = comparisons(results)
     sites = [_text(row.site.site) for row in rows]
     traces: list[Figure] = []
@@ -79,25 +79,32 @@ def by_site(results: Results) -> Figure:
 
 
 def against_epsilon(results: Results) -> Figure:
-    """Utility against epsilon for each kind of noise, with the local arm as a horizontal line."""
+    """Utility against epsilon for each kind of noise, with the sites' own models as horizontal lines."""
     points = [p for p in results.curve if p.epsilon > 0 and p.mean.mean is not None]
     epsilons = sorted({p.epsilon for p in points})
     ends = [epsilons[0] / 1.25, epsilons[-1] * 1.25]
     traces: list[Figure] = []
-    own = arm(results, "local")
-    if own is not None and own.mean.mean is not None:
-        text = wording.interval(own.mean)
-        if own.mean.low is not None and own.mean.high is not None:
-            low, high = own.mean.low, own.mean.high
-            traces.append(_band(ends, [low, low], [high, high], colour="--local-band"))
+    own = [found for name in OWN if (found := arm(results, name)) and found.mean.mean is not None]
+    best = better(found.mean for found in own)
+    for found in own:
+        if found.mean is best and best.low is not None and best.high is not None:
+            # The better one's only: a third and a fourth band would hide what lies between them.
+            low, high = best.low, best.high
+            traces.append(_band(ends, [low, low], [high, high], colour=f"--{found.arm}-band"))
+    for found in own:
+        text = wording.interval(found.mean)
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": _text(own.label),
+                "name": _text(found.label),
                 "x": ends,
-                "y": [own.mean.mean] * 2,
-                "line": {"color": "--local", "dash": "dash", "width": 2},
+                "y": [found.mean.mean] * 2,
+                "line": {
+                    "color": f"--{found.arm}",
+                    "dash": "dash" if found.arm == "local" else "dashdot",
+                    "width": 2,
+                },
                 "hovertemplate": f"%{{fullData.name}}<br>{text}<extra></extra>",
             }
         )

@@ -5,18 +5,27 @@ Read by the HTML and the Markdown alike, so that the two cannot disagree.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
 
 from lepton_fl.results import Arm, Interval, Results, SiteSummary
+
+OWN: tuple[Literal["local", "linear"], ...] = ("local", "linear")
+"""The arms of a site's own model, without us."""
+Advice = Literal["keep", "unclear", "gains"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One site: its own model, the federated and the pooled one on the same held-out records."""
+    """One site: its own two models, the federated and the pooled one on the same held-out records."""
 
     site: SiteSummary
     local: Interval | None
-    """None where the run did not have this arm at this site."""
+    """Own gradient boosting. None where the run did not have this arm at this site."""
+    linear: Interval | None
+    """Own logistic regression."""
     federated: Interval | None
     pooled: Interval | None
 
@@ -31,29 +40,57 @@ class Comparison:
         return any(i is not None for i in self.intervals)
 
     @property
-    def intervals(self) -> tuple[Interval | None, Interval | None, Interval | None]:
-        return self.local, self.federated, self.pooled
+    def intervals(self) -> tuple[Interval | None, Interval | None, Interval | None, Interval | None]:
+        """In the order of the report's columns: local, linear, federated, pooled."""
+        return self.local, self.linear, self.federated, self.pooled
 
     @property
-    def gain(self) -> float | None:
-        """Federated minus local; None where either is missing."""
-        return difference(self.federated, self.local)
+    def own(self) -> Interval | None:
+        """The better of the site's own models: as the run chose, or whichever it has the higher mean for."""
+        named = {"local": self.local, "linear": self.linear}
+        chosen = named[self.site.own_best] if self.site.own_best else None
+        return chosen or better(named.values())
+
+    @property
+    def gain(self) -> Interval | None:
+        """Federated minus own: paired if the run has it, else of the means, without bounds."""
+        if self.site.gain is not None and self.site.gain.mean is not None:
+            return self.site.gain
+        return difference(self.federated, self.own)
+
+    @property
+    def paired(self) -> bool:
+        """The difference has an interval of its own."""
+        return self.gain is not None and self.gain.low is not None and self.gain.high is not None
 
     @property
     def keeps_own(self) -> bool:
         """The federated model does worse here than the site's own."""
         # On the means: a site that gains nothing for certain has still no reason to switch.
-        return self.gain is not None and self.gain < 0
+        return self.gain is not None and self.gain.mean is not None and self.gain.mean < 0
 
     @property
     def uncertain(self) -> bool:
-        """The intervals of federated and local overlap, or one of them has none."""
-        ours, own = self.federated, self.local
+        """The paired interval holds zero; without pairs: the two intervals overlap, or one is missing."""
+        if self.gain is not None and self.gain.low is not None and self.gain.high is not None:
+            return self.gain.low <= 0 <= self.gain.high
+        ours, own = self.federated, self.own
         if ours is None or own is None:
             return True
         if ours.low is None or ours.high is None or own.low is None or own.high is None:
             return True
         return ours.low <= own.high and own.low <= ours.high
+
+    @property
+    def advice(self) -> Advice | None:
+        """What to tell the site; None where there is nothing to compare."""
+        if self.gain is None:
+            return None
+        if self.uncertain:
+            return "unclear"
+        # The mean of a skewed bootstrap may lie outside its interval: where there is one, it decides.
+        loses = self.gain.high < 0 if self.gain.high is not None else self.keeps_own
+        return "keep" if loses else "gains"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,25 +107,36 @@ class MostSpent:
         return self.epsilon / allowed if allowed > 0 else 1.0
 
 
-def difference(left: Interval | None, right: Interval | None) -> float | None:
-    """`left` minus `right`, where both have a mean."""
+def difference(left: Interval | None, right: Interval | None) -> Interval | None:
+    """`left` minus `right`, where both have a mean; without bounds, which only pairs could give."""
     if left is None or right is None or left.mean is None or right.mean is None:
         return None
-    return left.mean - right.mean
+    return Interval(mean=left.mean - right.mean)
+
+
+def better(found: Iterable[Interval | None]) -> Interval | None:
+    """The one with the highest mean; one without a mean only where none has any."""
+    ranked = [i for i in found if i is not None]
+    return max(ranked, key=lambda i: -1.0 if i.mean is None else i.mean, default=None)
 
 
 def gain(results: Results) -> Interval | None:
-    """Federated minus local over the sites: the paired interval if the run has it, else the means'.
+    """Federated minus each site's own best over the sites: paired if the run has it, else the means'.
 
     Only pairs say how sure the difference is: the two arms' own intervals overlap far too easily.
     """
     if results.gain is not None and results.gain.mean is not None:
         return results.gain
-    federated, local = arm(results, "federated"), arm(results, "local")
-    if federated is None or local is None:
-        return None
-    found = difference(federated.mean, local.mean)
-    return None if found is None else Interval(mean=found)
+    gains = [row.gain.mean for row in comparisons(results) if row.gain and row.gain.mean is not None]
+    return Interval(mean=fmean(gains)) if gains else None
+
+
+def by_advice(results: Results) -> dict[Advice, tuple[Comparison, ...]]:
+    """The sites that can be compared, by what they are told; no class is empty."""
+    rows = comparisons(results)
+    order: tuple[Advice, ...] = ("keep", "unclear", "gains")
+    classes = {advice: tuple(row for row in rows if row.advice == advice) for advice in order}
+    return {advice: told for advice, told in classes.items() if told}
 
 
 def arm(results: Results, name: str) -> Arm | None:
@@ -103,6 +151,7 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
         Comparison(
             site=site,
             local=of.get("local", {}).get(site.site),
+            linear=of.get("linear", {}).get(site.site),
             federated=of.get("federated", {}).get(site.site),
             pooled=of.get("pooled", {}).get(site.site),
         )

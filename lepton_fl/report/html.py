@@ -33,6 +33,7 @@ def render_html(results: Results) -> str:
         figures=_figures(results),
         rows=findings.comparisons(results),
         arms={name: findings.arm(results, name) for name in figures.ARMS},
+        told=findings.by_advice(results),
         most=findings.most_spent(results),
         gap=findings.difference(_mean(results, "pooled"), _mean(results, "federated")),
         gain=findings.gain(results),

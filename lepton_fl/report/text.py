@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from lepton_fl.report import wording
-from lepton_fl.report.findings import Comparison, arm, comparisons, gain, most_spent
+from lepton_fl.report.figures import ARMS
+from lepton_fl.report.findings import Comparison, arm, by_advice, comparisons, gain, most_spent
 from lepton_fl.results import Results
 
 _SPECIAL = re.compile(r"([\\`*_\[\]#|~$])")
@@ -38,31 +39,41 @@ def render_markdown(results: Results) -> str:
 
 
 def _sites(results: Results) -> list[str]:
-    named = {name: arm(results, name) for name in ("local", "federated", "pooled")}
+    named = {name: arm(results, name) for name in ARMS}
     heads = [_plain(a.label) if a else name for name, a in named.items()]
     lines = [
         f"## {wording.METRIC[results.metric]} by site",
         "",
-        f"| site | test records (positive) | {' | '.join(heads)} | advice |",
-        "|---|---:|---|---|---|---|",
+        f"| site | test records (positive) | {' | '.join(heads)} | federated minus own best | advice |",
+        f"|---|---:|{'---|' * len(named)}---|---|",
     ]
     for row in comparisons(results):
         cells = [
             _plain(row.site.site),
             f"{row.site.test_records:,} ({row.site.test_positives:,})",
             *(wording.interval(found) for found in row.intervals),
+            wording.change(row.gain) if row.gain else "",
             _advice(row),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     means = (wording.interval(a.mean) if a else wording.NOT_MEASURED for a in named.values())
-    lines.append(f"| **mean of the sites** | | {' | '.join(means)} | |")
     found = gain(results)
-    difference = f"Federated minus local: {wording.change(found)}. " if found else ""
-    return [*lines, "", difference + wording.evidence(results), ""]
+    overall = wording.change(found) if found else ""
+    lines.append(f"| **mean of the sites** | | {' | '.join(means)} | {overall} | |")
+    told = "; ".join(
+        f"{wording.ADVICE[advice]}: {', '.join(_plain(row.site.site) for row in rows)}"
+        for advice, rows in by_advice(results).items()
+    )
+    if told:
+        lines += ["", f"{told[0].upper()}{told[1:]}. {wording.OWN_BEST}"]
+    return [*lines, "", wording.evidence(results), ""]
 
 
 def _advice(row: Comparison) -> str:
-    return f"**{wording.KEEP_OWN}**" if row.keeps_own else ""
+    if row.advice is None:
+        return ""
+    words = wording.ADVICE[row.advice]
+    return f"**{words}**" if row.advice == "keep" else words
 
 
 def _privacy(results: Results) -> list[str]:

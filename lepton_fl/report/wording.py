@@ -6,13 +6,29 @@ Nothing here escapes: that is done where the text is written, by the rules of th
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, Context, Decimal
+from typing import Literal
 
+from lepton_fl.report.findings import Advice
 from lepton_fl.results import Interval, Promise, Results
 
 METRIC = {"auc": "AUC", "auprc": "AUPRC (average precision)"}
 UNDEFINED = "not defined: only one class among the held-out records"
 NOT_MEASURED = "not measured"
-KEEP_OWN = "keep your own model"
+ARM = {
+    "local": "own boosting",
+    "linear": "own logistic regression",
+    "federated": "federated",
+    "pooled": "pooled",
+}
+"""Short, where an arm's label would not fit."""
+ADVICE: dict[Advice, str] = {
+    "keep": "keep your own model",
+    "unclear": "no clear difference",
+    "gains": "gains",
+}
+OWN_BEST = (
+    "Own best is the better of the site's own models on these records: chosen with hindsight, in its favour."
+)
 NO_BOUND = "no bound: the study adds no noise"
 STATUS = {
     "completed": "completed",
@@ -37,18 +53,21 @@ def interval(found: Interval | None) -> str:
         return NOT_MEASURED
     if found.mean is None:
         return UNDEFINED
-    if found.low is None or found.high is None:
-        return f"{found.mean:.3f} (no interval)"
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found.mean:.3f} {bounds(found)}"
 
 
 def change(found: Interval) -> str:
     """`+0.015 [-0.004, +0.034]`: an interval of a difference."""
     if found.mean is None:
         return UNDEFINED
+    return f"{found.mean:+.3f} {bounds(found, sign='+')}"
+
+
+def bounds(found: Interval, sign: Literal["", "+"] = "") -> str:
+    """`[0.801, 0.880]`, with signs where it is of a difference."""
     if found.low is None or found.high is None:
-        return f"{found.mean:+.3f} (no interval)"
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        return "(no interval)"
+    return f"[{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
 def may_be_nothing(found: Interval) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tomli_w
 import torch
 from flwr.app import Context, RecordDict
 
@@ -38,7 +40,7 @@ Splits = Mapping[str, tuple[Table, Table]]
 def split_sites(tables: Mapping[str, Table], study: Study, seed: int) -> dict[str, tuple[Table, Table]]:
     """Each site's table in a training and a held-out part, by the study's rule."""
     return {
-        name: split(table, study.evaluation, SimulationNoise(seed, name).numpy("split"))
+        name: split(table, study.evaluation, SimulationNoise(seed, name).key("split"))
         for name, table in sorted(tables.items())
     }
 
@@ -47,24 +49,22 @@ def rehearsal_policy(study: Study, data_set: str) -> str:
     """A policy.toml that allows this study and no more, as text; written by the simulator for its sites."""
     privacy = study.privacy
     epsilon, delta = privacy.epsilon or 1.0, privacy.delta or 1e-6
-    return f"""\
-# Written by the simulator: allows just this study. A real policy is the privacy officer's own.
-[data]
-id = "{data_set}"
-[budget]                      # per privacy unit at this site, over all studies on this id
-epsilon_total = {epsilon!r}
-epsilon_per_study = {epsilon!r}
-delta_total = {delta!r}
-[require]
-secure_aggregation = {str(study.secure_aggregation.enabled).lower()}
-differential_privacy = {str(privacy.noise != "none").lower()}
-min_sites = 1
-privacy_units = ["{privacy.unit}"]
-approval = "auto"
-[release]
-metrics = "none"
-allow_models = ["{study.model_name}"]
-"""
+    raw = {
+        "data": {"id": data_set},
+        "budget": {"epsilon_total": epsilon, "epsilon_per_study": epsilon, "delta_total": delta},
+        "require": {
+            "secure_aggregation": study.secure_aggregation.enabled,
+            "differential_privacy": privacy.noise != "none",
+            "min_sites": 1,
+            "privacy_units": [privacy.unit],
+            "approval": "auto",
+        },
+        "release": {"metrics": "none", "allow_models": [study.model_name]},
+    }
+    title = (
+        "# Written by the simulator: allows just this study. A real policy is the privacy officer's own.\n"
+    )
+    return title + tomli_w.dumps(raw)
 
 
 def open_sites(study: Study, splits: Splits, seed: int, folder: Path | None) -> dict[str, Site]:
@@ -75,7 +75,7 @@ def open_sites(study: Study, splits: Splits, seed: int, folder: Path | None) -> 
     """
     sites = {}
     for name, (train, test) in splits.items():
-        data_set = f"{name}-{study.task.target}"[:64]
+        data_set = re.sub(r"[^A-Za-z0-9._-]", "-", f"{name}-{study.task.target}")[:64]
         if folder is None:
             file, ledger = "rehearsal policy", Ledger.for_rehearsal()
             policy = _parse_policy(rehearsal_policy(study, data_set))
@@ -121,7 +121,7 @@ class Run:
                 study=study,
                 guarantee=self.guarantee,
                 template=self.federation.model,
-                noise=SimulationNoise(self.seed, "curator"),
+                noise=SimulationNoise(self.seed, "curator").of(study.id),
             )
         context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config={})
         server_app(self.federation)(grid, context)
@@ -151,10 +151,14 @@ def prepare(
     if len(widths) != 1:
         raise DataError(f"sites: tables of {len(widths)} different widths for one study")
     sites = open_sites(study, splits, seed, folder)
+    # Another seed would hold out other records: those that these rounds have trained on.
+    context = f"seed {seed}"
     nodes = {FIRST_SITE_NODE + i: name for i, name in enumerate(sorted(sites))}
     grid = InProcessGrid({node: client_app(sites[name]) for node, name in nodes.items()})
     if resume and checkpoint is not None:
-        federation = Federation.resume(checkpoint, study=study, sites=nodes, observer=observer)
+        federation = Federation.resume(
+            checkpoint, study=study, sites=nodes, observer=observer, context=context
+        )
     else:
         generator = SimulationNoise(seed, "server").torch("model")
         model = build_model(study, widths.pop(), generator)
@@ -164,6 +168,7 @@ def prepare(
             sites=nodes,
             observer=observer,
             checkpoint=checkpoint,
+            context=context,
         )
     return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study), seed=seed)
 

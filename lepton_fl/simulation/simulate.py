@@ -30,6 +30,7 @@ from lepton_fl.results import (
     CurvePoint,
     Interval,
     ModelFile,
+    OwnArm,
     Promise,
     Results,
     RoundSummary,
@@ -38,9 +39,11 @@ from lepton_fl.results import (
     write_results,
 )
 from lepton_fl.simulation.baselines import (
+    LINEAR_LABEL,
     LOCAL_LABEL,
     POOLED_LABEL,
     local_scores,
+    own_linear_scores,
     pooled_scores,
 )
 from lepton_fl.simulation.curator import share_multiplier
@@ -49,6 +52,8 @@ from lepton_fl.study import Study, check_delta, override
 from lepton_fl.tasks import Arrays, model_hash
 from lepton_fl.tasks.metrics import RESAMPLES, Scored, evaluate, gain, intervals
 
+CURVE_SEEDS = 3
+"""Seeds, at most, for each point of the utility curve: its shape is what is read, not its last digit."""
 LOOKS = 25
 """How often, at most, a run's progress is measured on held-out records."""
 
@@ -102,8 +107,10 @@ def freeze(study: Study, tables: Mapping[str, Table]) -> Study:
     """The study with its expected batch filled in from the simulated sites, where it declares none."""
     if study.train.expected_batch is not None:
         return study
-    units = np.mean([table.units for table in tables.values()])
-    batch = study.train.sample_rate * float(units) * (1 - study.evaluation.test_fraction)
+    units = float(np.mean([table.units for table in tables.values()]))
+    if study.evaluation.split == "unit":
+        units *= 1 - study.evaluation.test_fraction
+    batch = study.train.sample_rate * units
     return override(study, {"train.expected_batch": float(f"{batch:.3g}")})
 
 
@@ -214,10 +221,10 @@ class _Simulation:
         if not baselines and len(plan.seeds) == 1 and not plan.curve:
             return
         kinds = self._curve_kinds()
-        again = len(plan.seeds) - 1
+        again, curve_seeds = len(plan.seeds) - 1, plan.seeds[:CURVE_SEEDS]
         self.display.stage(
             "comparing",
-            again + len(baselines) * len(plan.seeds) + len(plan.curve) * len(kinds) * len(plan.seeds),
+            again + len(baselines) * len(plan.seeds) + len(plan.curve) * len(kinds) * len(curve_seeds),
         )
         splits = {self.seed: self.splits}
         for seed in plan.seeds[1:]:
@@ -227,15 +234,15 @@ class _Simulation:
         for seed in plan.seeds:
             if "local" in baselines:
                 self.scored.setdefault("local", []).append(local_scores(splits[seed], seed))
+                self.scored.setdefault("linear", []).append(own_linear_scores(splits[seed]))
                 self.display.advance()
             if "pooled" in baselines:
                 self.scored.setdefault("pooled", []).append(pooled_scores(splits[seed], seed))
                 self.display.advance()
         for epsilon in plan.curve:
             for noise in kinds:
-                scored = []
-                for seed in plan.seeds:
-                    variant = self._variant(epsilon, noise)
+                scored, variant = [], self._variant(epsilon, noise)
+                for seed in curve_seeds:
                     scored.append(self._rehearsal(variant, splits[seed], seed))
                     self.display.advance()
                 _, mean = self._intervals(scored)
@@ -299,10 +306,10 @@ class _Simulation:
         if "federated" not in self.scored and federation.done > 0:
             self.scored["federated"] = [self.scorer(federation.model, self.splits)]
         arms = self._arms()
-        difference = self._gain()
+        best, gains, difference = self._gains(arms)
         return Results(
             status=self.status,
-            verdict=self._verdict(arms, difference),
+            verdict=self._verdict(arms, gains, difference),
             labels=self._labels(),
             study_id=study.id,
             study_name=study.study.name,
@@ -314,7 +321,7 @@ class _Simulation:
             promise=self._promise(),
             rounds_planned=study.train.rounds,
             rounds=tuple(self.rounds),
-            sites=tuple(self._site(name) for name in sorted(self.splits)),
+            sites=tuple(self._site(name, best.get(name), gains.get(name)) for name in sorted(self.splits)),
             arms=arms,
             gain=difference,
             curve=tuple(self.curve),
@@ -335,14 +342,15 @@ class _Simulation:
         noise = self.main.guarantee.sentence()
         about: dict[ArmName, tuple[str, str]] = {
             "local": (LOCAL_LABEL, "records never leave the site; the model is not private"),
+            "linear": (LINEAR_LABEL, "records never leave the site; the model is not private"),
             "federated": (f"federated {self.study.model_name}", noise),
             "pooled": (POOLED_LABEL, "none: every site's records are shown to whoever pools them"),
         }
         arms = []
-        for name in ("local", "federated", "pooled"):
-            if name in self.plan.compare and self.scored.get(name):
+        for name, (label, privacy) in about.items():
+            wanted = "local" if name == "linear" else name
+            if wanted in self.plan.compare and self.scored.get(name):
                 per_site, mean = self._intervals(self.scored[name])
-                label, privacy = about[name]
                 arms.append(
                     Arm(
                         arm=name,
@@ -355,43 +363,57 @@ class _Simulation:
                 )
         return tuple(arms)
 
-    def _gain(self) -> Interval | None:
-        ours, theirs = self.scored.get("federated", []), self.scored.get("local", [])
-        seeds = min(len(ours), len(theirs))
+    def _gains(self, arms: tuple[Arm, ...]) -> tuple[dict[str, OwnArm], dict[str, Interval], Interval | None]:
+        """Each site's better own model, and federated minus it: by site, and their mean."""
+        seeds = min((len(self.scored.get(name, [])) for name in ("federated", "local", "linear")), default=0)
         if seeds == 0:
-            return None
-        return gain(
+            return {}, {}, None
+        by_name = {arm.arm: arm.per_site for arm in arms}
+        best: dict[str, OwnArm] = {
+            site: "linear" if _below(by_name["local"][site].mean, by_name["linear"][site].mean) else "local"
+            for site in self.splits
+        }
+        theirs = [{site: self.scored[best[site]][s][site] for site in best} for s in range(seeds)]
+        per_site, mean = gain(
             self.study.task.metric,
-            ours[:seeds],
-            theirs[:seeds],
+            self.scored["federated"][:seeds],
+            theirs,
             seed=self.seed,
             resamples=self.plan.bootstrap,
         )
+        return best, per_site, mean
 
-    def _verdict(self, arms: tuple[Arm, ...], difference: Interval | None) -> str:
+    def _verdict(self, arms: tuple[Arm, ...], gains: dict[str, Interval], difference: Interval | None) -> str:
         done, planned = self.main.federation.done, self.study.train.rounds
         if done == 0:
             return "No round was completed: there is no model."
         start = "" if done == planned else f"Stopped after {done} of {planned} rounds. "
-        by_name = {arm.arm: arm for arm in arms}
+        by_name = {arm.arm: arm.mean for arm in arms}
         name = self.study.task.metric.upper()
-        if "federated" not in by_name or by_name["federated"].mean.mean is None:
+        ours = by_name.get("federated")
+        if ours is None or ours.mean is None:
             return start + f"{name} is not defined: no site has both classes among its held-out records."
-        ours = by_name["federated"]
-        if "local" not in by_name or difference is None or difference.mean is None:
-            return start + f"Federated {name} {ours.mean.mean:.3f} on held-out records."
-        theirs = by_name["local"]
+        if difference is None or difference.mean is None:
+            return start + f"Federated {name} {ours.mean:.3f} on held-out records."
         low, high = difference.low or 0.0, difference.high or 0.0
         sure = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
-        losers = [
-            site for site, value in ours.per_site.items() if _below(value.mean, theirs.per_site[site].mean)
+        gaining = [site for site, value in gains.items() if (value.low or 0.0) > 0]
+        losing = [site for site, value in gains.items() if value.mean is not None and value.mean < 0]
+        parts = [
+            (
+                f"{start}Federated {name} {ours.mean:.3f}; own gradient boosting "
+                f"{by_name['local'].mean or float('nan'):.3f}, own logistic regression "
+                f"{by_name['linear'].mean or float('nan'):.3f}."
+            ),
+            (
+                f"Against the better of the two at each site: {sure}, {difference.mean:+.3f} "
+                f"[{low:+.3f}, {high:+.3f}]."
+            ),
         ]
-        keep = f" Keep your own model: {', '.join(losers)}." if losers else " No site loses."
-        return (
-            f"{start}Federated {name} {ours.mean.mean:.3f}, each site's own gradient boosting "
-            f"{theirs.mean.mean or float('nan'):.3f}: {sure} by {difference.mean:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}].{keep}"
-        )
+        if gaining:
+            parts.append(f"Gain for certain: {', '.join(gaining)}.")
+        parts.append(f"Keep your own model: {', '.join(losing)}." if losing else "No site loses.")
+        return " ".join(parts)
 
     def _labels(self) -> tuple[str, ...]:
         labels = self.main.guarantee.simulation_labels
@@ -430,7 +452,7 @@ class _Simulation:
             sha256=digest,
         )
 
-    def _site(self, name: str) -> SiteSummary:
+    def _site(self, name: str, best: OwnArm | None, gained: Interval | None) -> SiteSummary:
         train, test = self.splits[name]
         site, federation = self.main.sites[name], self.main.federation
         budget, delta = site.budget, self.study.privacy.delta
@@ -446,7 +468,9 @@ class _Simulation:
             epsilon_allowed=budget.epsilon_total,
             delta_total=budget.delta_total,
             data_set=budget.data_set,
-            released_exact=tuple(site.released_exact),
+            released_exact=site.ledger.released(budget.data_set, run=federation.run_id),
+            own_best=best,
+            gain=gained,
             status=federation.refused.get(name, "took part"),
         )
 

@@ -231,14 +231,17 @@ def test_budget_show_of_a_site_that_spent_nothing(lepton):
 def test_interrupt_keeps_partial_results(lepton, short_study, tmp_path):
     """Ctrl-C in mid-run: what there is is written, said so, and can be gone on with."""
     short_study.write_text(short_study.read_text().replace("rounds = 3", "rounds = 2000"))
+    # A test runner in the background ignores SIGINT, and its child would inherit that.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from lepton_fl.cli import main; main()"
+    )
     run = subprocess.Popen(
-        [sys.executable, "-m", "lepton_fl", "simulate", short_study, "--dataset", "heart", "--out", "run"],
+        [sys.executable, "-c", program, "simulate", short_study, "--dataset", "heart", "--out", "run"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # A test runner in the background ignores SIGINT, and a child would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         deadline = time.monotonic() + 120

@@ -62,7 +62,7 @@ def test_every_chart_is_drawn(tmp_path):
 
     assert list(drawn) == ["by-site", "against-epsilon", "epsilon-by-round", "time-line"]
     assert all('class="main-svg"' in chart for chart in drawn.values())
-    assert drawn["by-site"].count('class="trace bars"') == 3
+    assert drawn["by-site"].count('class="trace bars"') == 4
     assert "fill: rgb(31, 91, 158)" in drawn["by-site"]
 
 

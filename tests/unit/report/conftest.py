@@ -1,11 +1,12 @@
 """A run over the four hospitals of the heart-disease data, with one of everything.
 
-Switzerland's held-out records are of one class, Long Beach loses by joining, Hungary released a
-metric without noise, and three rounds lost a site.
+Switzerland's held-out records are of one class, Long Beach loses by joining, Cleveland gains nothing
+for certain, Hungary gains and released a metric without noise, and three rounds lost a site.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,17 @@ from lepton_fl.results import Results, read_results
 @pytest.fixture
 def hospitals() -> Results:
     return read_results(Path(__file__).with_name("hospitals.json"))
+
+
+@pytest.fixture
+def old(hospitals: Results) -> Results:
+    """The same run as a results file from before `linear`, `own_best` and the paired gains."""
+    raw = json.loads(hospitals.model_dump_json())
+    raw["arms"] = [arm for arm in raw["arms"] if arm["arm"] != "linear"]
+    for site in raw["sites"]:
+        del site["own_best"], site["gain"]
+    del raw["gain"]
+    return Results.model_validate_json(json.dumps(raw))
 
 
 @pytest.fixture

@@ -105,13 +105,43 @@ def test_unfinished_run_says_so_in_the_band(hospitals, status):
     assert "17 of 40 rounds" in band
 
 
-def test_losers_are_told_to_keep_their_own_model(page):
-    """Only the site where federated is behind its own model is marked, in words and in a row."""
+def test_every_site_is_told_what_joining_did(page):
+    """Worse for certain, better for certain or neither: in the site's row, and below the chart."""
     rows = re.findall(r"<tr><th scope=\"row\">([^<]*)</th>(.*?)</tr>", section(page, "sites"), re.S)
-    marked = [site for site, cells in rows if "keep your own model" in cells]
+    told = {site: re.findall(r'class="advice (\w+)">([^<]*)<', cells) for site, cells in rows}
 
-    assert marked == ["long-beach"]
-    assert "long-beach : keep your own model . There the federated model reaches 0.662" in text(page)
+    assert told == {
+        "cleveland": [("unclear", "no clear difference")],
+        "hungary": [("gains", "gains")],
+        "switzerland": [],
+        "long-beach": [("keep", "keep your own model")],
+    }
+    assert "Keep your own model : long-beach; no clear difference : cleveland; gains : hungary." in text(
+        section(page, "sites")
+    )
+
+
+def test_table_sets_federated_against_the_better_own_model(page):
+    """Both own models have a column; the difference is paired, and to the better of the two."""
+    row = re.search(r'<th scope="row">hungary</th>(.*?)</tr>', section(page, "sites"), re.S)[1]
+
+    assert text(row) == (
+        "88 (32) 0.832 [0.741, 0.909] 0.851 [0.765, 0.922] 0.887 [0.811, 0.948] 0.893 [0.819, 0.951] "
+        "+0.036 [+0.004, +0.071] gains"
+    )
+
+
+def test_file_without_pairs_still_renders(old):
+    """An older results.json has one own model and no paired interval: nothing is called certain."""
+    page = without_plotly(render_html(old))
+    tile = text(re.search(r'id="tile-gain">.*?<div class="tile"', page, re.S)[0])
+    sites = text(section(page, "sites"))
+
+    assert "own boosting 0.799" in tile
+    assert "logistic" not in tile
+    assert "+0.023 (no interval) no clear difference" in sites
+    assert "paired" not in sites
+    assert len(html._figures(old)["by-site"]["data"]) == 3
 
 
 def test_undefined_metric_is_worded(page):
@@ -135,14 +165,15 @@ def test_gain_shows_its_paired_interval(page):
     """The first tile says how sure the difference is, and that it may be nothing."""
     tile = text(re.search(r'id="tile-gain">.*?<div class="tile"', page, re.S)[0])
 
-    assert "+0.015 AUC" in tile
-    assert "[-0.009, +0.041] : it may be nothing" in tile
-    assert "federated 0.814 [0.757, 0.866] local 0.799 [0.738, 0.853]" in tile
+    assert "Federated against each site's own best +0.003 AUC" in tile
+    assert "[-0.014, +0.022] : it may be nothing" in tile
+    assert "federated 0.814 [0.757, 0.866] own boosting 0.799 [0.738, 0.853]" in tile
+    assert "own logistic regression 0.803 [0.744, 0.857]" in tile
 
 
-def test_gain_without_pairs_is_the_difference_of_the_means(hospitals):
+def test_gain_without_pairs_is_the_difference_of_the_means(old):
     """A run that compared nothing in pairs shows the difference, and no interval for it."""
-    page = without_plotly(render_html(hospitals.model_copy(update={"gain": None})))
+    page = without_plotly(render_html(old))
     tile = text(re.search(r'id="tile-gain">.*?<div class="tile"', page, re.S)[0])
 
     assert "+0.015 AUC" in tile
@@ -191,6 +222,16 @@ def test_empty_curve_says_how_to_get_one(hospitals):
     assert 'id="against-epsilon"' not in page
 
 
+def test_both_own_models_are_lines_across_the_curve(hospitals):
+    """Each own model is a horizontal line; the better one alone has a band, so that all stay visible."""
+    traces = html._figures(hospitals)["against-epsilon"]["data"]
+    lines = {t["line"]["color"]: t["y"] for t in traces if t.get("name", "").startswith("own ")}
+    bands = [t["fillcolor"] for t in traces if t.get("fill") == "toself"]
+
+    assert lines == {"--local": [0.799, 0.799], "--linear": [0.803, 0.803]}
+    assert bands == ["--linear-band", "--noise-local-band", "--noise-shared-band"]
+
+
 def test_only_rounds_with_drops_are_listed(page):
     """The short table names the three disturbed rounds and why; the others stay folded away."""
     table = re.search(r'<table id="drops-table">.*?</table>', page, re.S)[0]
@@ -227,7 +268,7 @@ def test_figures_are_valid_to_plotly(hospitals):
 
     drawn = [go.Figure(figure) for figure in json.loads(figures).values()]
 
-    assert [len(figure.data) for figure in drawn] == [3, 6, 2, 2]
+    assert [len(figure.data) for figure in drawn] == [4, 7, 2, 2]
 
 
 def test_every_colour_of_a_figure_is_in_the_style(hospitals, page):
@@ -253,7 +294,7 @@ def test_long_names_leave_room_for_the_bars(hospitals):
 
 def test_whiskers_reach_the_interval(hospitals):
     """mean plus and minus the whisker are the ends of the interval; none where undefined."""
-    federated = html._figures(hospitals)["by-site"]["data"][1]
+    federated = html._figures(hospitals)["by-site"]["data"][2]
 
     assert federated["name"] == "federated"
     assert federated["error_x"]["array"] == pytest.approx([0.055, 0.061, 0, 0.149])

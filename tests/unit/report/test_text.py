@@ -5,22 +5,37 @@ from lepton_fl.results import Results
 
 
 def test_table_has_a_row_for_each_site(hospitals):
-    """Site, counts, three intervals and the advice, in a Markdown table."""
+    """Site, counts, four intervals, the paired difference and the advice, in a Markdown table."""
     lines = render_markdown(hospitals).splitlines()
 
-    assert "|---|---:|---|---|---|---|" in lines
+    assert "|---|---:|---|---|---|---|---|---|" in lines
     assert (
-        "| long-beach | 60 (45) | 0.694 [0.541, 0.833] | 0.662 [0.503, 0.811] "
-        "| 0.708 [0.561, 0.844] | **keep your own model** |"
+        "| long-beach | 60 (45) | 0.694 [0.541, 0.833] | 0.671 [0.515, 0.815] | 0.662 [0.503, 0.811] "
+        "| 0.708 [0.561, 0.844] | -0.032 [-0.060, -0.005] | **keep your own model** |"
     ) in lines
-    assert sum("keep your own model" in line for line in lines) == 1
+    assert sum("**keep your own model**" in line for line in lines) == 1
+
+
+def test_sites_are_told_apart(hospitals):
+    """One sentence names the sites that lose, that gain, and that cannot tell."""
+    told = "Keep your own model: long-beach; no clear difference: cleveland; gains: hungary."
+
+    assert told in render_markdown(hospitals)
+
+
+def test_file_without_pairs_still_renders(old):
+    """An older results.json has one own model and no paired interval."""
+    found = render_markdown(old)
+
+    assert "| not measured | 0.894 [0.826, 0.949] | 0.902 [0.838, 0.955] | +0.023 (no interval) |" in found
+    assert "No clear difference: cleveland, hungary, long-beach." in found
 
 
 def test_undefined_metric_is_worded(hospitals):
     """A site of one class says why it has no figure."""
     row = next(s for s in render_markdown(hospitals).splitlines() if s.startswith("| switz"))
 
-    assert row.count("not defined: only one class among the held-out records") == 3
+    assert row.count("not defined: only one class among the held-out records") == 4
 
 
 def test_privacy_line_is_whole(hospitals):
@@ -34,7 +49,9 @@ def test_privacy_line_is_whole(hospitals):
 
 def test_gain_has_its_interval(hospitals):
     """The difference that the verdict rests on is given with how sure it is."""
-    assert "Federated minus local: +0.015 [-0.009, +0.041]." in render_markdown(hospitals)
+    means = next(s for s in render_markdown(hospitals).splitlines() if "mean of the sites" in s)
+
+    assert means.endswith("| +0.003 [-0.014, +0.022] | |")
 
 
 def test_labels_come_before_any_figure(hospitals):

@@ -1,0 +1,201 @@
+"""`simulate` charges one run, rehearses the rest, and leaves a whole result however it ends."""
+
+import tomllib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lepton_fl.config import parse
+from lepton_fl.errors import BudgetExhausted, ConfigError, TooFewSites
+from lepton_fl.privacy import Ledger
+from lepton_fl.results import read_results
+from lepton_fl.simulation import freeze, simulate
+from lepton_fl.simulation.simulate import Silent
+from lepton_fl.study import Study, override
+from lepton_fl.tasks import model_hash
+
+HOSPITALS = ("cleveland", "hungary", "long-beach", "switzerland")
+
+
+class Interrupting(Silent):
+    """Ctrl-C after a round."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def round(self, summary, planned, allowed):
+        if summary.round == self.after:
+            raise KeyboardInterrupt
+
+
+def charged(folder, site):
+    """The rounds in a site's ledger file."""
+    ledger = Ledger(folder / site / "ledger.db")
+    rounds = [row["round"] for row in ledger.history(f"{site}-disease")]
+    ledger.close()
+    return rounds
+
+
+def test_a_run_from_tables_to_results(heart_plan):
+    """What is returned is what is on disk, and the model is the one it names."""
+    plan = heart_plan()
+
+    results = simulate(plan)
+
+    assert results == read_results(plan.out / "results.json")
+    assert results.status == "completed"
+    assert [r.round for r in results.rounds] == [1, 2, 3]
+    assert tuple(site.site for site in results.sites) == HOSPITALS
+    assert model_hash(load_file(plan.out / "model.safetensors")) == results.model.sha256
+    assert {"SIMULATED", "simulation noise", "the simulator acts as curator"} == set(results.labels)
+
+
+def test_a_run_can_be_had_again_from_its_folder(heart_plan, tmp_path):
+    """study.toml there is the study that ran, and gives the same model."""
+    plan = heart_plan()
+    results = simulate(plan)
+    raw = tomllib.loads((plan.out / "study.toml").read_text())
+    study = parse(Study, raw, file="study.toml")
+
+    again = simulate(heart_plan(study=study, out=tmp_path / "again"))
+
+    assert study.id == results.study_id
+    assert again.model.sha256 == results.model.sha256
+
+
+def test_the_sites_are_charged(heart_plan):
+    """Three of the four rounds that the noise covers, so less than was promised."""
+    plan = heart_plan()
+
+    results = simulate(plan)
+
+    for site in results.sites:
+        assert charged(plan.out / "sites", site.site) == [1, 2, 3]
+        assert 0 < site.epsilon_run == site.epsilon_spent < 4.0 == site.epsilon_allowed
+
+
+def test_a_spent_budget_refuses_the_next_run(heart_plan, tmp_path):
+    """With the site's own numbers, file and key, and nothing further is charged."""
+    plan = heart_plan(policies=tmp_path / "policies")
+    spent = simulate(plan).sites[0].epsilon_spent
+
+    with pytest.raises(BudgetExhausted) as refused:
+        simulate(heart_plan(policies=tmp_path / "policies", out=tmp_path / "second"))
+
+    assert refused.value.message.startswith("site cleveland: privacy budget of data set cleveland-disease")
+    assert f"spent epsilon {spent:.3g}" in refused.value.message
+    assert "allowed 4 at delta 0.001" in refused.value.message
+    assert str(tmp_path / "policies" / "cleveland" / "policy.toml") in refused.value.message
+    assert "and 3 more sites" in refused.value.message
+    assert charged(tmp_path / "policies", "cleveland") == [1, 2, 3]
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_site_own_policy_is_obeyed(heart_plan, tmp_path):
+    """What is in its folder is not overwritten, and allows half of what the study asks."""
+    home = tmp_path / "policies" / "hungary"
+    home.mkdir(parents=True)
+    budget = "epsilon_total = 2.0\nepsilon_per_study = 2.0\ndelta_total = 1e-3\n"
+    (home / "policy.toml").write_text(
+        f'[data]\nid = "hungary-disease"\n[budget]\n{budget}[require]\napproval = "auto"\n'
+    )
+
+    results = simulate(heart_plan(policies=tmp_path / "policies"))
+
+    status = {site.site: site.status for site in results.sites}
+    assert status.pop("hungary") == "the site's policy refuses the study (budget.epsilon_per_study)"
+    assert set(status.values()) == {"took part"}
+    assert charged(tmp_path / "policies", "hungary") == []
+
+
+def test_rehearsals_charge_nothing(heart_plan):
+    """Another seed, both baselines and a point of the curve: the ledgers hold the first run only."""
+    plan = heart_plan(compare=("local", "federated", "pooled"), seeds=(0, 1), curve=(1.0,))
+
+    results = simulate(plan)
+
+    assert charged(plan.out / "sites", "cleveland") == [1, 2, 3]
+    assert {arm.seeds for arm in results.arms} == {2}
+    assert [(point.epsilon, point.noise) for point in results.curve] == [(1.0, "local"), (1.0, "shared")]
+
+
+def test_an_interrupt_leaves_what_there_is(heart_plan):
+    """Two of three rounds, a model, and a word that says so."""
+    plan = heart_plan()
+
+    results = simulate(plan, Interrupting(after=2))
+
+    assert results.status == "interrupted"
+    assert results == read_results(plan.out / "results.json")
+    assert [r.round for r in results.rounds] == [1, 2]
+    assert results.verdict.startswith("Stopped after 2 of 3 rounds.")
+    assert (plan.out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_run_is_completed_by_resuming(heart_plan, tmp_path, after):
+    """With the model of a run that was not interrupted, and each round charged once."""
+    whole = simulate(heart_plan(out=tmp_path / "whole"))
+    simulate(heart_plan(), Interrupting(after))
+
+    plan = heart_plan(resume=True)
+    results = simulate(plan)
+
+    assert results.status == "completed"
+    assert [r.round for r in results.rounds] == [1, 2, 3]
+    assert results.model.sha256 == whole.model.sha256
+    assert charged(plan.out / "sites", "cleveland") == [1, 2, 3]
+
+
+def test_nothing_to_resume_is_refused(heart_plan):
+    """There is no checkpoint."""
+    with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
+        simulate(heart_plan(resume=True))
+
+
+def test_another_study_is_not_resumed(heart_plan):
+    """The checkpoint is of the first."""
+    plan = heart_plan()
+    simulate(plan, Interrupting(after=1))
+
+    with pytest.raises(ConfigError, match="found a checkpoint of study"):
+        simulate(heart_plan(study=override(plan.study, {"train.lr": 0.3}), resume=True))
+
+
+def test_too_few_sites_are_refused_before_anything_runs(heart_plan):
+    """Five are asked for, and there are four."""
+    study = override(heart_plan().study, {"secure_aggregation.min_sites": 5})
+
+    with pytest.raises(TooFewSites, match=r"4 sites, secure_aggregation\.min_sites asks 5"):
+        simulate(heart_plan(study=study))
+
+
+def test_a_delta_beyond_the_smallest_site_is_refused(heart_plan):
+    """At delta >= 1/units one patient may be published whole."""
+    study = override(heart_plan().study, {"privacy.delta": 0.05})
+
+    with pytest.raises(ConfigError, match=r"privacy\.delta: found 0\.05, allowed: below 1/"):
+        simulate(heart_plan(study=study))
+
+
+def test_freeze_fills_in_the_expected_batch(make_study, tables):
+    """The rate times the training units of a typical site: .2 * 70 * .75."""
+    study = freeze(make_study(train={"expected_batch": None}), tables)
+
+    assert study.train.expected_batch == 10.5
+
+
+def test_freeze_leaves_a_declared_batch_alone(make_study, tables):
+    """It is the study's."""
+    study = make_study(train={"expected_batch": 8.0})
+
+    assert freeze(study, tables) is study
+
+
+def test_no_seed_of_the_command_line_is_too_large(heart_plan, tmp_path):
+    """Generators are seeded by digest."""
+    results = simulate(heart_plan(seeds=(2**80,), out=tmp_path / "large"))
+
+    assert results.seeds == (2**80,)
+    assert np.isfinite(results.arms[0].mean.mean)
