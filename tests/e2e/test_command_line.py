@@ -77,7 +77,7 @@ def test_delta_too_large_is_refused(lepton, replaced):
     """delta >= 1 / units of the smallest site is refused with the bound."""
     ended = simulate(lepton, replaced("delta = 1e-3", "delta = 0.05"))
 
-    refused(ended, 3, "privacy.delta", "found 0.05", "below 1/92", "switzerland")
+    refused(ended, 3, "privacy.delta", "found 0.05", "below 1/9", "switzerland")
 
 
 def test_plan_refuses_delta_too_large(lepton, short_study):
@@ -316,3 +316,79 @@ def test_report_in_every_format(lepton, short_study, tmp_path):
         ended = lepton("report", "run", "--format", form)
         assert ended.code == 0
         assert Path(tmp_path, ended.out.strip()).stat().st_size > 500
+
+
+def test_quickstart_until_the_budget_is_spent(lepton, tmp_path, monkeypatch):
+    """Run again and again, the same four hospitals refuse in the end: exit 4, one plain line, no new run."""
+    monkeypatch.setattr("lepton_fl.cli.commands.QUICKSTART_SEEDS", 1)
+    monkeypatch.setattr("lepton_fl.cli.commands.QUICKSTART_CURVE", ())
+    ended = lepton("quickstart", "heart")
+    assert ended.code == 0, ended.err
+    assert "simulation noise" in ended.out
+    assert "simulation noise" in ended.err
+    for _ in range(9):
+        ended = lepton("quickstart", "heart")
+        if ended.code != 0:
+            break
+
+    refused(ended, 4, "privacy budget", "allowed 2", "(and 3 more sites)", "lepton-fl budget show")
+    runs = sorted((tmp_path / "lepton-quickstart" / "heart" / "runs").iterdir())
+    assert 1 <= len(runs) < 9
+    assert all((run / "report.html").exists() for run in runs)
+
+
+def test_quickstart_cuts_one_table_into_sites(lepton, monkeypatch):
+    """`quickstart cancer --sites N` works on data that have no natural sites."""
+    monkeypatch.setattr("lepton_fl.cli.commands.QUICKSTART_SEEDS", 1)
+    monkeypatch.setattr("lepton_fl.cli.commands.QUICKSTART_CURVE", ())
+
+    ended = lepton("quickstart", "cancer", "--sites", "3", "--json")
+
+    assert ended.code == 0, ended.err
+    assert [s["site"] for s in json.loads(ended.out)["sites"]] == ["site-1", "site-2", "site-3"]
+
+
+def test_shared_noise_says_who_adds_it(lepton, replaced, tmp_path):
+    """Under shared noise every output names the simulator as curator."""
+    study = replaced('noise = "local"', 'noise = "shared"')
+    study.write_text(study.read_text().replace("enabled = false", "enabled = true"))
+
+    ended = simulate(lepton, study, "--compare", "federated")
+
+    assert ended.code == 0, ended.err
+    assert "the simulator acts as curator" in ended.err
+    assert "the simulator acts as curator" in ended.out
+    assert "the simulator acts as curator" in (tmp_path / "run" / "report.html").read_text()
+    assert "the simulator acts as curator" in read_results(tmp_path / "run" / "results.json").labels
+
+
+def test_fedavg_takes_local_steps(lepton, replaced):
+    """Flower's own FedAvg, each site several steps a round."""
+    study = replaced('strategy = "lockstep"', 'strategy = "fedavg"\nlocal_steps = 4')
+
+    ended = simulate(lepton, study, "--json")
+
+    assert ended.code == 0, ended.err
+    results = json.loads(ended.out)
+    assert results["strategy"] == "fedavg"
+    assert results["promise"]["steps"] == 4 * 4
+
+
+def test_a_study_without_privacy_says_so(lepton, replaced):
+    """Without noise no output claims an epsilon."""
+    study = replaced('noise = "local"', 'noise = "none"')
+    lines = [line for line in study.read_text().splitlines() if not line.startswith(("epsilon", "delta"))]
+    study.write_text("\n".join(lines))
+
+    ended = simulate(lepton, study, "--compare", "federated")
+
+    assert ended.code == 0, ended.err
+    assert "No privacy: no noise was added." in ended.out
+    assert "simulation noise" not in ended.out + ended.err
+
+
+def test_resume_under_another_seed_is_refused(lepton, short_study):
+    """Another seed would hold out what these rounds have trained on."""
+    assert simulate(lepton, short_study, "--compare", "federated").code == 0
+
+    refused(simulate(lepton, short_study, "--resume", "--seed", "1"), 3, "'seed 0'", "'seed 1'")

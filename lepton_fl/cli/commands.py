@@ -22,7 +22,7 @@ from lepton_fl.cli.terminal import (
 )
 from lepton_fl.errors import ConfigError
 
-QUICKSTART_SEEDS = 8
+QUICKSTART_SEEDS = 6
 QUICKSTART_CURVE = (0.1, 0.3, 1.0, 3.0)
 QUICKSTART_BUDGET = 2.0
 """Epsilon that each hospital of the quickstart allows in all: a few runs, and then no more."""
