@@ -400,7 +400,13 @@ class Study(Strict):
         return "logreg" if few or tight else "mlp"
 
     def survivors(self, cohort: int) -> int:
-        """Sites, of a cohort of this size, that a round must keep to be aggregated."""
+        """Sites, of a cohort of this size, that a round must keep to be aggregated.
+
+        `min_survivors` is what secure aggregation needs, and shared noise; without it every update is
+        whole by itself, and the smallest cohort is enough.
+        """
+        if not self.secure_aggregation.enabled:
+            return self.secure_aggregation.min_sites
         wanted = self.secure_aggregation.min_survivors
         return cohort if wanted == "all" else wanted
 

@@ -140,6 +140,7 @@ class Federation:
         if self._strategy_state:
             strategy.restore(self._strategy_state)
         while self.done < self.study.train.rounds:
+            self._check_enough(cohort)
             if self.started >= self.study.train.charged_rounds:
                 raise TooFewSites(
                     f"all {self.study.train.charged_rounds} rounds that the noise covers are used, "
@@ -162,9 +163,9 @@ class Federation:
             try:
                 current.close()
             except TooFewSites as error:
+                log.warning("%s", error)
                 self._report(current, (), before)
                 cohort = self._still_in(cohort, current)
-                self._refuse_if_hopeless(cohort, error)
                 continue
             aggregate, _ = strategy.aggregate_train(
                 number, [self._as_weights(reply, delta) for _, reply, delta in current.accepted]
@@ -256,10 +257,12 @@ class Federation:
             self.refused[name] = current.dropped[name]
         return {node: name for node, name in cohort.items() if name not in current.left}
 
-    def _refuse_if_hopeless(self, cohort: Mapping[int, str], error: TooFewSites) -> None:
+    def _check_enough(self, cohort: Mapping[int, str]) -> None:
+        """Stop before a round that the sites would have to refuse, and would be charged for."""
         least = self.study.secure_aggregation.min_sites
         if len(cohort) < least:
-            raise TooFewSites(f"{error.message}; {len(cohort)} sites are left, the study asks {least}")
+            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.refused.items()))
+            raise TooFewSites(f"{len(cohort)} sites are left, the study asks {least} ({reasons})")
 
     def _report(self, current: Round, sites: tuple[str, ...], before: float) -> None:
         if self.observer is not None:

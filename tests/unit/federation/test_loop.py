@@ -146,7 +146,7 @@ def test_too_few_good_sites_end_the_run(make_federation, make_grid, bad):
 def test_a_lost_round_changes_no_model(make_federation, make_grid, make_study, seen, good):
     """All three must stay; the round that loses one is done again under the next number."""
     answers = [fault, good]
-    all_stay = {"min_survivors": "all"}
+    all_stay = {"enabled": True, "min_survivors": "all"}
     federation = make_federation(study=make_study(secure_aggregation=all_stay, train={"rounds": 1}))
 
     federation.run(make_grid(b=in_turn(answers)))
@@ -157,7 +157,7 @@ def test_a_lost_round_changes_no_model(make_federation, make_grid, make_study, s
 
 def test_used_up_spare_rounds_end_the_run(make_federation, make_grid, make_study, seen, good):
     """The noise covers four rounds, and each loses one site or another."""
-    federation = make_federation(study=make_study(secure_aggregation={"min_survivors": "all"}))
+    federation = make_federation(study=make_study(secure_aggregation={"enabled": True, "min_survivors": "all"}))
     b, c = in_turn([fault, good] * 2), in_turn([good, fault] * 2)
 
     with pytest.raises(TooFewSites, match="all 4 rounds that the noise covers are used, 0 of 3"):

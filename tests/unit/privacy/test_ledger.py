@@ -435,3 +435,14 @@ def test_a_full_disk_spends_nothing_and_is_told_in_one_line(path, ledger, spend,
     ledger._db.execute("PRAGMA max_page_count = 1000000")
     ledger.charge(make_charge(2, fingerprint=long), rounds=1, budget=budget)
     assert rows(path) == 2
+
+
+def test_an_error_that_ends_the_transaction_is_told_by_its_own_name(path, ledger, budget, make_charge):
+    """SQLite rolls back by itself after some; the reason must not drown in a second rollback's."""
+    ledger._db.execute(
+        "CREATE TEMP TRIGGER fault BEFORE INSERT ON charges BEGIN SELECT RAISE(ROLLBACK, 'input/output'); END"
+    )
+
+    with pytest.raises(ConfigError, match="cannot be used as a ledger: input/output"):
+        ledger.charge(make_charge(1), rounds=1, budget=budget)
+    assert rows(path) == 0

@@ -163,6 +163,14 @@ def test_another_study_is_not_resumed(heart_plan):
         simulate(heart_plan(study=override(plan.study, {"train.lr": 0.3}), resume=True))
 
 
+def test_another_seed_is_not_resumed(heart_plan):
+    """It would hold out records that the first rounds have trained on."""
+    simulate(heart_plan(), Interrupting(after=1))
+
+    with pytest.raises(ConfigError, match="found a checkpoint of 'seed 0', expected 'seed 1'"):
+        simulate(heart_plan(seeds=(1,), resume=True))
+
+
 def test_too_few_sites_are_refused_before_anything_runs(heart_plan):
     """Five are asked for, and there are four."""
     study = override(heart_plan().study, {"secure_aggregation.min_sites": 5})
