@@ -351,6 +351,13 @@ class Study(Strict):
                     "privacy.noise = 'shared' needs secure_aggregation.enabled = true: a site's own "
                     "part of the noise does not protect its update"
                 )
+            secure = self.secure_aggregation
+            least = secure.min_sites if secure.min_survivors == "all" else secure.min_survivors
+            if least <= secure.colluders:
+                raise ValueError(
+                    f"privacy.noise = 'shared': secure_aggregation.colluders = {secure.colluders} of "
+                    f"{least} sites leaves no honest part of the noise"
+                )
         taken = {self.task.target, self.privacy.unit, self.evaluation.time_column}
         if clash := sorted(set(self.features.columns) & taken):
             raise ValueError(

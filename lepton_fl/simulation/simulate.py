@@ -23,7 +23,7 @@ from lepton_fl.errors import ConfigError, LeptonError, PolicyRefused, TooFewSite
 from lepton_fl.federation.loop import RoundReport
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import epsilon as composed_epsilon
-from lepton_fl.privacy.guarantee import CURATOR, Guarantee
+from lepton_fl.privacy.guarantee import CURATOR
 from lepton_fl.results import (
     Arm,
     ArmName,
@@ -46,7 +46,6 @@ from lepton_fl.simulation.baselines import (
     own_linear_scores,
     pooled_scores,
 )
-from lepton_fl.simulation.curator import share_multiplier
 from lepton_fl.simulation.run import Run, Scorer, Splits, mean_metric, prepare, split_sites
 from lepton_fl.study import Study, check_delta, override
 from lepton_fl.tasks import Arrays, model_hash
@@ -129,8 +128,6 @@ def check(study: Study, splits: Splits) -> None:
         )
     smallest = min(splits, key=lambda name: splits[name][0].units)
     check_delta(study, splits[smallest][0].units, smallest)
-    if study.privacy.noise == "shared":
-        share_multiplier(study, Guarantee.of(study), len(splits))
 
 
 def simulate(plan: Plan, display: Display | None = None) -> Results:

@@ -96,7 +96,10 @@ def build_model(study: Study, width: int, generator: torch.Generator) -> nn.Modu
         raise ConfigError(
             f"study {study.study.name}: its model has {numbers:,} parameters, allowed: {MAX_PARAMETERS:,}"
         )
-    model = models[study.model_name].build(study, width).float()
+    # A plug-in's layers draw from the global generator; the same public start must come out everywhere.
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())
+        model = models[study.model_name].build(study, width).float()
     _refuse_mixing(model)
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     with torch.no_grad():

@@ -131,7 +131,5 @@ def test_coordinates_are_independent(nobody):
 
 
 def test_noise_does_not_touch_the_sampling(records):
-    """Another noise multiplier, the same units: the streams are apart."""
-    small, large = residual(records, 1.0), residual(records, 2.0)
-
-    np.testing.assert_allclose(large, 2 * small, atol=1e-6)
+    """The second step samples the units that it would without noise, or faint noise would drown in them."""
+    assert accepted(residual(records, 0.01, steps=2), np.sqrt(2) * 0.01 * CLIP / BATCH)

@@ -155,9 +155,22 @@ def test_a_lost_round_changes_no_model(make_federation, make_grid, make_study, s
     assert b_of(federation) == 0.5
 
 
+def test_without_secure_aggregation_the_smallest_cohort_keeps_a_round(
+    make_federation, make_grid, make_study, seen, good
+):
+    """No mask and no share of the noise is missed where a site is."""
+    federation = make_federation(study=make_study(secure_aggregation={"min_survivors": "all"}))
+
+    federation.run(make_grid(b=in_turn([fault, good, good])))
+
+    assert [r.sites for r in seen.rounds] == [("a", "c"), ("a", "b", "c"), ("a", "b", "c")]
+
+
 def test_used_up_spare_rounds_end_the_run(make_federation, make_grid, make_study, seen, good):
     """The noise covers four rounds, and each loses one site or another."""
-    federation = make_federation(study=make_study(secure_aggregation={"enabled": True, "min_survivors": "all"}))
+    federation = make_federation(
+        study=make_study(secure_aggregation={"enabled": True, "min_survivors": "all"})
+    )
     b, c = in_turn([fault, good] * 2), in_turn([good, fault] * 2)
 
     with pytest.raises(TooFewSites, match="all 4 rounds that the noise covers are used, 0 of 3"):
