@@ -394,8 +394,6 @@ class _Simulation:
             return start + f"Federated {name} {ours.mean:.3f} on held-out records."
         low, high = difference.low or 0.0, difference.high or 0.0
         sure = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
-        gaining = [site for site, value in gains.items() if (value.low or 0.0) > 0]
-        losing = [site for site, value in gains.items() if value.mean is not None and value.mean < 0]
         parts = [
             (
                 f"{start}Federated {name} {ours.mean:.3f}; own gradient boosting "
@@ -407,9 +405,9 @@ class _Simulation:
                 f"[{low:+.3f}, {high:+.3f}]."
             ),
         ]
-        if gaining:
-            parts.append(f"Gain for certain: {', '.join(gaining)}.")
-        parts.append(f"Keep your own model: {', '.join(losing)}." if losing else "No site loses.")
+        for said, sites in _by_advice(gains).items():
+            if sites:
+                parts.append(f"{said}: {', '.join(sites)}.")
         return " ".join(parts)
 
     def _labels(self) -> tuple[str, ...]:
@@ -470,6 +468,22 @@ class _Simulation:
             gain=gained,
             status=federation.refused.get(name, "took part"),
         )
+
+
+def _by_advice(gains: dict[str, Interval]) -> dict[str, list[str]]:
+    """The sites by what the paired interval of their gain says."""
+    advice: dict[str, list[str]] = {"Gains": [], "No clear difference": [], "Keep your own model": []}
+    for site, value in gains.items():
+        if value.low is not None and value.high is not None:
+            said = (
+                "Gains"
+                if value.low > 0
+                else "Keep your own model"
+                if value.high < 0
+                else "No clear difference"
+            )
+            advice[said].append(site)
+    return advice
 
 
 def _below(ours: float | None, theirs: float | None) -> bool:
