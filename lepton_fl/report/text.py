@@ -65,7 +65,8 @@ def _sites(results: Results) -> list[str]:
         for advice, rows in by_advice(results).items()
     )
     if told:
-        lines += ["", f"{told[0].upper()}{told[1:]}. {wording.OWN_BEST}"]
+        explained = f" {wording.OWN_BEST}" if named["local"] and named["linear"] else ""
+        lines += ["", f"{told[0].upper()}{told[1:]}.{explained}"]
     return [*lines, "", wording.evidence(results), ""]
 
 

@@ -141,6 +141,7 @@ def test_file_without_pairs_still_renders(old):
     assert "logistic" not in tile
     assert "+0.023 (no interval) no clear difference" in sites
     assert "paired" not in sites
+    assert "the better of the site's own models" not in sites
     assert len(html._figures(old)["by-site"]["data"]) == 3
 
 
