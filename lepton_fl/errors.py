@@ -10,7 +10,7 @@
     ├── ProtocolError               5    a peer is at fault, and is named
     │   ├── BadReply                5    a site's reply cannot enter the aggregate
     │   └── BadRequest              5    a server's message cannot be obeyed
-    ├── TooFewSites                 6    a round cannot reach its quorum; safe to retry
+    ├── TooFewSites                 6    a round cannot reach its quorum
     └── VerificationFailed          7    bytes that should agree do not
 
 Every error is one line that a person can act on: what was found, what is allowed, whose limit it is,
@@ -78,7 +78,7 @@ class BadRequest(ProtocolError):
 
 
 class TooFewSites(LeptonError):
-    """Fewer sites answered than the study's quorum. Nothing was released; safe to retry."""
+    """Fewer sites answered than the study's quorum. No model was made; what was charged stays charged."""
 
     exit_code = 6
 

@@ -24,8 +24,8 @@ from lepton_fl.errors import ConfigError, VerificationFailed
 CANONICAL_PREFIX = b"lepton-fl/study/1\n"
 """Domain separation: the digest of a study can be the digest of nothing else."""
 
-MODELS_BELOW_UNITS = 10_000
-"""Below this many units in the federation `auto` never chooses more than logistic regression."""
+LOGREG_BELOW_UNITS = 10_000
+"""Below this many units in the smallest cohort `auto` chooses nothing but logistic regression."""
 
 MAX_STEPS = 1_000_000
 """Steps of DP-SGD in one study, all rounds together."""
@@ -45,7 +45,7 @@ class About(Strict):
 
 
 class OperatingPoint(Strict):
-    """Where on the ROC curve the model will be used: exactly one of the three forms."""
+    """Where on the ROC curve the model is meant to be used: one of three forms. Not evaluated yet."""
 
     fpr: Fraction | None = None
     """False positive rate that the desk can bear."""
@@ -67,7 +67,8 @@ class OperatingPoint(Strict):
 class Task(Strict):
     """One prediction problem."""
 
-    kind: Literal["binary"]
+    kind: Name
+    """`binary`, or a plug-in's; see `lepton_fl.tasks`."""
     target: str
     """Name of the label's column."""
     positive: Scalar = 1
@@ -402,7 +403,7 @@ class Study(Strict):
         if self.model.name != "auto":
             return self.model.name
         site_units = (self.train.expected_batch or 0) / self.train.sample_rate
-        few = site_units * self.secure_aggregation.min_sites < MODELS_BELOW_UNITS
+        few = site_units * self.secure_aggregation.min_sites < LOGREG_BELOW_UNITS
         tight = self.privacy.epsilon is not None and self.privacy.epsilon < 3
         return "logreg" if few or tight else "mlp"
 

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lepton_fl.cli.terminal import print_table
-from lepton_fl.config import read_toml
 from lepton_fl.errors import ConfigError, PolicyRefused
 from lepton_fl.privacy import Charge, Guarantee, Ledger
 from lepton_fl.privacy.ledger import Spent
-from lepton_fl.site.config import load_site_config
+from lepton_fl.site.config import files_of
 from lepton_fl.site.policy import Policy, load_policy
 from lepton_fl.study import Study
-
-LEDGER = "ledger.db"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,37 +118,22 @@ def budgets(places: list[Path]) -> list[SiteBudget]:
 
 
 def _at(place: Path) -> list[SiteBudget]:
-    if place.is_dir():
-        if (place / "site.toml").exists():
-            return [_of_site(place / "site.toml")]
-        if (place / "policy.toml").exists():
-            return [_of_policy(place / "policy.toml")]
-        found = sorted(place.glob("*/policy.toml"))
-        # A quickstart's or a run's folder keeps them one level further down.
-        found = found or sorted(place.glob("sites/*/policy.toml"))
-        if not found:
-            raise ConfigError(f"{place}: holds no policy.toml, nor SITE/policy.toml")
-        return [_of_policy(path) for path in found]
-    return [_of_site(place) if "site" in read_toml(place) else _of_policy(place)]
+    if not place.is_dir() or (place / "site.toml").exists() or (place / "policy.toml").exists():
+        return [_of(place)]
+    # A quickstart's or a run's folder keeps its sites one level further down.
+    found = sorted(place.glob("*/policy.toml")) or sorted(place.glob("sites/*/policy.toml"))
+    if not found:
+        raise ConfigError(f"{place}: holds no policy.toml, nor SITE/policy.toml")
+    return [_of(path) for path in found]
 
 
-def _of_policy(path: Path) -> SiteBudget:
+def _of(place: Path) -> SiteBudget:
+    files = files_of(place)
     return SiteBudget(
-        site=path.resolve().parent.name,
-        policy=load_policy(path),
-        policy_file=path,
-        ledger_file=path.parent / LEDGER,
-    )
-
-
-def _of_site(path: Path) -> SiteBudget:
-    site = load_site_config(path)
-    policy_file = path.parent / site.site.policy
-    return SiteBudget(
-        site=site.site.id,
-        policy=load_policy(policy_file),
-        policy_file=policy_file,
-        ledger_file=path.parent / site.site.state / LEDGER,
+        site=files.name,
+        policy=load_policy(files.policy),
+        policy_file=files.policy,
+        ledger_file=files.ledger,
     )
 
 
@@ -206,7 +188,7 @@ def show(found: list[SiteBudget]) -> None:
             (
                 budget.site,
                 budget.data_set,
-                f"{spent:.3f}",
+                f"{spent:.3f}" if budget.ledger_file.exists() else "no ledger yet",
                 f"{budget.allowed:g}",
                 f"{max(0.0, budget.allowed - spent):.3f}",
                 f"{budget.policy.budget.delta_total:g}",

@@ -23,6 +23,8 @@ from lepton_fl.cli.terminal import (
 from lepton_fl.errors import ConfigError
 
 QUICKSTART_SEEDS = 6
+QUICKSTART_SITES = 4
+"""Of data without natural sites, unless told otherwise."""
 QUICKSTART_CURVE = (0.1, 0.3, 1.0, 3.0)
 QUICKSTART_BUDGET = 2.0
 """Epsilon that each hospital of the quickstart allows in all: a few runs, and then no more."""
@@ -97,9 +99,12 @@ def quickstart(
     ] = "heart",
     sites: Annotated[
         int | None,
-        typer.Option(help="Cut the data into so many equal sites instead of natural ones."),
+        typer.Option(help="Cut the data into so many equal sites instead of natural ones.", min=1),
     ] = None,
-    epsilon: Annotated[float, typer.Option(help="Epsilon of the study, per record, at each site.")] = 1.0,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Epsilon of this run, per record, at each site [default: as study.toml says, 1]."),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -119,23 +124,21 @@ def quickstart(
     """
     from lepton_fl.cli.running import next_run, read_tables, run_plan, this_command
     from lepton_fl.cli.texts import policy_text, study_text
-    from lepton_fl.config import parse, read_toml
     from lepton_fl.data import dataset
     from lepton_fl.files import write_atomic
-    from lepton_fl.study import Study, load_study
+    from lepton_fl.study import load_study, override
 
     known = dataset(name)
     home = make_writable(folder or Path("lepton-quickstart") / name)
     study_file = home / "study.toml"
     if not study_file.exists():
-        write_atomic(study_file, study_text(name, epsilon=epsilon).encode())
+        write_atomic(study_file, study_text(name, epsilon=1.0).encode())
     study = load_study(study_file)
-    if study.privacy.epsilon != epsilon:
-        changed = read_toml(study_file)
-        changed["privacy"]["epsilon"] = epsilon
-        study = parse(Study, changed, file=str(study_file))
+    if epsilon is not None:
+        study = override(study, {"privacy.epsilon": epsilon})
     how = "natural" if sites is None and known.natural_sites else "iid"
-    tables = read_tables(study, dataset_name=name, data=None, sites=sites or 4, how=how, seed=seed)
+    number = None if how == "natural" else sites or QUICKSTART_SITES
+    tables = read_tables(study, dataset_name=name, data=None, sites=number, how=how, seed=seed)
     policies = home / "sites"
     for site in tables:
         policy = make_writable(policies / site) / "policy.toml"
@@ -211,7 +214,7 @@ def plan(
     from lepton_fl.study import load_study
 
     study = load_study(study_file)
-    units = [int(n) for n in numbers(sites, option="--sites")]
+    units = [int(n) for n in numbers(sites, option="--sites", least=1)]
     found = plan_study(study, numbers(epsilon, option="--epsilon"), units)
     if as_json:
         print_json(found.as_json())
@@ -466,16 +469,25 @@ def study_approve(
 ) -> None:
     """Approve a study at this site, for policies with `approval = "manual"`."""
     from lepton_fl.cli.planning import describe
-    from lepton_fl.site.config import load_site_config
+    from lepton_fl.site.config import files_of
     from lepton_fl.site.policy import Approvals
     from lepton_fl.study import load_study
 
-    study, site = load_study(study_file), load_site_config(config)
+    study, site = load_study(study_file), files_of(config)
+    if study.train.expected_batch is None:
+        raise ConfigError.at(
+            str(study_file),
+            "train.expected_batch",
+            found="nothing",
+            allowed="a number, before anyone can approve what will be trained",
+            fix="set it to sample_rate x the units of a typical site",
+        )
     found = describe(study)
     for name in ("study", "purpose", "leaves_the_site", "promise"):
         typer.echo(f"{name.replace('_', ' ')}: {found[name]}")
-    if not yes and not typer.confirm(f"Approve this study at {site.site.id}?", default=False):
+    if not yes and not typer.confirm(f"Approve this study at {site.name}?", default=False):
         fail("not approved", 4)
-    approvals = Approvals(make_writable(config.parent / site.site.state) / "approvals.jsonl")
+    make_writable(site.approvals.parent)
+    approvals = Approvals(site.approvals)
     approvals.add(study)
     typer.echo(f"approved {study.id[:16]} in {approvals.path}")

@@ -136,17 +136,23 @@ def plan_study(study: Study, epsilons: tuple[float, ...], units: list[int]) -> S
 
 
 def _warnings(study: Study, sigma: float, numbers: int, units: list[int]) -> list[str]:
+    warnings = []
+    if study.model.name == "auto" and study.train.expected_batch is None:
+        warnings.append(
+            f"model 'auto' is {study.model_name} only while train.expected_batch is undeclared: with it the "
+            "size of the federation is known, and may choose another"
+        )
     if not units:
-        return []
+        return warnings
     smallest = min(units)
     signal = _signal(study, sigma, numbers, smallest)
     if signal >= ENOUGH_SIGNAL:
-        return []
+        return warnings
     warning = (
         f"a site of {smallest} units is too small: over the run its clipped gradients add up to at most "
         f"{signal:.1f} times its own noise; take more rounds or units, a larger sample_rate, or shared noise"
     )
-    return [warning]
+    return [*warnings, warning]
 
 
 def _signal(study: Study, sigma: float, numbers: int, units: int) -> float:

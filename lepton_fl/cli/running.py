@@ -58,6 +58,8 @@ def read_tables(
     else:
         tables = load_dataset(dataset_name or "", contract)
     if how == "natural":
+        if sites is not None:
+            raise typer.BadParameter("--split natural takes the sites as they are: leave --sites out")
         return tables
     if sites is None:
         raise typer.BadParameter(f"--split {how} needs --sites")
@@ -71,13 +73,15 @@ def run_plan(plan: Plan, *, as_json: bool, open_report: bool) -> None:
     """Simulate, write the report, print the outcome; ends the program where the run did not complete."""
     from lepton_fl.simulation import simulate
 
-    log = _log_to(plan.out / "run.log")
-    guarantee = Guarantee.of(plan.study)
-    say(guarantee.sentence())
+    log = plan.out / "run.log"
+    handler = _log_to(log)
     try:
+        guarantee = Guarantee.of(plan.study)
+        say(guarantee.sentence())
         with display_for(plan.study.task.metric, ", ".join(guarantee.simulation_labels)) as display:
             results = simulate(plan, display)
     except LeptonError:
+        handler.close()
         # Refused before anything was trained: there is no run to keep a folder for.
         if {path.name for path in plan.out.iterdir()} <= {log.name}:
             log.unlink(missing_ok=True)
@@ -158,8 +162,9 @@ def _promise(results: Results) -> str:
 
 def arms(text: str) -> tuple:  # type: ignore[type-arg]
     wanted = [part.strip() for part in text.split(",") if part.strip()]
-    if not wanted or not set(wanted) <= set(_ARMS):
-        raise ConfigError.at("command line", "--compare", found=text, allowed=", ".join(_ARMS))
+    if "federated" not in wanted or not set(wanted) <= set(_ARMS):
+        allowed = "federated, and any of local and pooled"
+        raise ConfigError.at("command line", "--compare", found=text, allowed=allowed)
     return tuple(name for name in _ARMS if name in wanted)
 
 
@@ -187,7 +192,7 @@ def this_command() -> str:
     return shlex.join(["lepton-fl", *sys.argv[1:]])
 
 
-def _log_to(path: Path) -> Path:
+def _log_to(path: Path) -> logging.Handler:
     """The library's log goes to the run's folder: the terminal shows what a person must know."""
     logger = logging.getLogger("lepton_fl")
     handler = logging.FileHandler(path, encoding="utf-8")
@@ -198,4 +203,4 @@ def _log_to(path: Path) -> Path:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    return path
+    return handler

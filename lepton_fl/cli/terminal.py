@@ -38,7 +38,9 @@ class Commands(TyperGroup):
             # The reader of our output went away; keep Python from saying so at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except click.Abort:
+            fail("interrupted", INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:  # noqa: BLE001 - the last resort: one line, and where to look
             if os.environ.get(_DEBUG):
@@ -112,8 +114,8 @@ def make_writable(folder: Path) -> Path:
     return folder
 
 
-def numbers(text: str, *, option: str) -> tuple[float, ...]:
-    """`1,3,8` as numbers above zero; empty text is none.
+def numbers(text: str, *, option: str, least: float = 0.0) -> tuple[float, ...]:
+    """`1,3,8` as numbers above zero, none below `least`; empty text is none.
 
     Raises:
         ConfigError: a part is no such number.
@@ -122,7 +124,7 @@ def numbers(text: str, *, option: str) -> tuple[float, ...]:
         found = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         found = (0.0,)
-    if any(not 0 < number < float("inf") for number in found):
+    if any(not (0 < number < float("inf") and number >= least) for number in found):
         raise ConfigError.at(
             "command line", option, found=text, allowed="numbers above 0, separated by commas"
         )

@@ -48,7 +48,7 @@ SERVER_NODE = 1
 """The id under which the server sends; no site has it."""
 _POLL = 0.2
 PATIENCE = 2
-"""Rounds in a row that a site may miss: each one is charged to the sites that did answer."""
+"""Rounds in a row after which a silent site is put out: each was charged to the sites that did answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +217,7 @@ class Federation:
                 cohort[node] = name
         for node in unheard:
             self.refused[self._name(node)] = "no answer before the deadline"
+        least = max(least, self.study.survivors(len(cohort)))
         if len(cohort) < least:
             reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.refused.items()))
             said = f"{len(cohort)} of {len(messages)} sites take part, the study asks {least} ({reasons})"
@@ -259,7 +260,7 @@ class Federation:
 
     def _check_enough(self, cohort: Mapping[int, str]) -> None:
         """Stop before a round that the sites would have to refuse, and would be charged for."""
-        least = self.study.secure_aggregation.min_sites
+        least = max(self.study.secure_aggregation.min_sites, self.study.survivors(len(cohort)))
         if len(cohort) < least:
             reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.refused.items()))
             raise TooFewSites(f"{len(cohort)} sites are left, the study asks {least} ({reasons})")

@@ -18,9 +18,10 @@ SIMULATED = "SIMULATED"
 class Guarantee:
     """What one study promises the owner of one unit's records at one site.
 
-    **Formal guarantee.** With noise multiplier sigma = `event.noise_multiplier`, the sequence of all that
-    a site releases in `event.steps` steps is (epsilon, delta)-differentially private under adding or
-    removing one unit of that site (Abadi et al. 2016, DP-SGD; composed by PLD).
+    **Formal guarantee.** With noise multiplier sigma = `event.noise_multiplier`, the sequence of updates
+    that a site releases in `event.steps` steps (under shared noise: of the sums that they enter) is
+    (epsilon, delta)-differentially private under adding or removing one unit of that site (Abadi et al.
+    2016, DP-SGD; composed by PLD). Exact figures that a policy lets out are not part of it.
     """
 
     study: Study
@@ -54,7 +55,12 @@ class Guarantee:
         event = self.round_event
         if event is None or self.study.privacy.delta is None:
             return None
-        return epsilon([event] * rounds, self.study.privacy.delta)
+        whole = Gaussian(
+            noise_multiplier=event.noise_multiplier,
+            sampling_rate=event.sampling_rate,
+            steps=event.steps * rounds,
+        )
+        return epsilon([whole], self.study.privacy.delta)
 
     @property
     def unit(self) -> str:

@@ -23,6 +23,7 @@ from lepton_fl.privacy import Guarantee, Ledger
 from lepton_fl.simulation.curator import CuratorGrid
 from lepton_fl.simulation.grid import InProcessGrid
 from lepton_fl.site import Policy, Simulated, Site, SiteData, client_app
+from lepton_fl.site.config import files_of
 from lepton_fl.site.policy import Approvals, load_policy
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, arrays_of, build_model, load_arrays, task_of
@@ -83,11 +84,11 @@ def open_sites(study: Study, splits: Splits, seed: int, folder: Path | None) -> 
         else:
             home = folder / name
             home.mkdir(parents=True, exist_ok=True)
-            path = home / "policy.toml"
-            if not path.exists():
-                write_atomic(path, rehearsal_policy(study, data_set).encode())
-            file, policy, ledger = str(path), load_policy(path), Ledger(home / "ledger.db")
-            approvals = Approvals(home / "approvals.jsonl")
+            files = files_of(home)
+            if not files.policy.exists():
+                write_atomic(files.policy, rehearsal_policy(study, data_set).encode())
+            file, policy, ledger = str(files.policy), load_policy(files.policy), Ledger(files.ledger)
+            approvals = Approvals(files.approvals)
         sites[name] = Site(
             name=name,
             policy=policy,

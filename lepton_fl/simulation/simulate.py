@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import tomli_w
+import torch
 from safetensors.numpy import save
 
 import lepton_fl
@@ -120,7 +121,7 @@ def check(study: Study, splits: Splits) -> None:
         TooFewSites: fewer sites than the study's smallest cohort.
         ConfigError: delta is not below one over the units of the smallest site.
     """
-    least = study.secure_aggregation.min_sites
+    least = max(study.secure_aggregation.min_sites, study.survivors(len(splits)))
     if len(splits) < least:
         raise TooFewSites(
             f"study {study.study.name}: {len(splits)} sites, secure_aggregation.min_sites asks {least}",
@@ -144,6 +145,8 @@ def simulate(plan: Plan, display: Display | None = None) -> Results:
         TooFewSites: too few sites take part or stay.
         ConfigError: the study does not fit the sites, or `out` holds another run.
     """
+    # Sums in the same order everywhere, and small matrices are slower on two threads than on one.
+    torch.set_num_threads(1)
     return _Simulation(plan, display or Silent()).run()
 
 
@@ -280,7 +283,8 @@ class _Simulation:
         stride = max(1, planned // LOOKS)
         look = report.number % stride == 0 or self.main.federation.done == planned
         metric = epsilon = None
-        if look:
+        # A round that was lost has no model of its own to look at.
+        if look and report.sites:
             scored = self.scorer(model, self.splits)
             metric = mean_metric([evaluate(self.study.task.metric, *s) for s in scored.values()])
             epsilon = self.main.guarantee.epsilon_after(report.number)
@@ -294,7 +298,8 @@ class _Simulation:
         )
         self.rounds.append(summary)
         self.display.round(summary, planned, self.study.privacy.epsilon)
-        self.display.advance()
+        if report.sites:
+            self.display.advance()
 
     # Results.
 

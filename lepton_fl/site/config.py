@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from lepton_fl.config import Strict, load
+from lepton_fl.config import Strict, load, read_toml
 from lepton_fl.study import Name
 
 
@@ -38,6 +39,38 @@ class SiteConfig(Strict):
     site: _About
     data: _Source
     runtime: _Runtime = _Runtime()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteFiles:
+    """Where one institution's own files are."""
+
+    name: str
+    policy: Path
+    ledger: Path
+    approvals: Path
+    split_key: Path
+
+
+def files_of(place: Path) -> SiteFiles:
+    """The files of the institution at `place`: a folder, or the site.toml or policy.toml in one.
+
+    As its site.toml says, or all in one folder where there is none.
+    """
+    folder = place if place.is_dir() else place.parent
+    config = place if place.is_file() and "site" in read_toml(place) else folder / "site.toml"
+    if not config.exists():
+        name, policy, state = folder.resolve().name, folder / "policy.toml", folder
+    else:
+        about = load_site_config(config).site
+        name, policy, state = about.id, config.parent / about.policy, config.parent / about.state
+    return SiteFiles(
+        name=name,
+        policy=policy,
+        ledger=state / "ledger.db",
+        approvals=state / "approvals.jsonl",
+        split_key=state / "split.key",
+    )
 
 
 def load_site_config(path: Path) -> SiteConfig:

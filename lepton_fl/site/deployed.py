@@ -12,7 +12,7 @@ from lepton_fl.data import Contract, load_table, read_csv, split
 from lepton_fl.errors import ConfigError
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Ledger
-from lepton_fl.site.config import SiteConfig, load_site_config
+from lepton_fl.site.config import SiteConfig, files_of, load_site_config
 from lepton_fl.site.policy import Approvals, load_policy
 from lepton_fl.site.site import Deployed, Site, SiteData
 from lepton_fl.study import Study
@@ -31,15 +31,16 @@ def open_site(path: Path) -> Site:
     """
     config = load_site_config(path)
     torch.set_num_threads(config.runtime.threads)
-    home = path.parent
-    policy_file, state = home / config.site.policy, home / config.site.state
+    files = files_of(path)
+    key = _split_key(files.split_key)
     return Site(
         name=config.site.id,
-        policy=load_policy(policy_file),
-        policy_file=str(policy_file),
-        ledger=Ledger(state / "ledger.db"),
-        approvals=Approvals(state / "approvals.jsonl"),
-        load=_loader(config, home, _split_key(state / "split.key")),
+        policy=load_policy(files.policy),
+        policy_file=str(files.policy),
+        approvals=Approvals(files.approvals),
+        load=_loader(config, path.parent, key),
+        # Last: whatever is refused before leaves nothing open.
+        ledger=Ledger(files.ledger),
         noise=SimulationNoise.unseeded(config.site.id),
         surroundings=Deployed(),
     )
@@ -59,13 +60,15 @@ def _loader(config: SiteConfig, home: Path, key: bytes) -> Callable[[Study], Sit
 def _split_key(path: Path) -> bytes:
     """The site's own key that says which units are held out, made where there is none.
 
-    One for all studies and for good: a record must not be held out in one run and trained on in the next,
-    or the held-out part would judge what it has taught.
+    One for all studies and for good: a unit must not be held out in one run and trained on in the next, or
+    the held-out part would judge what it has taught. Where a record is its own unit it is known by the
+    columns that a study reads, so a study of other columns draws it anew.
 
     Raises:
         ConfigError: it cannot be read or made, or is not 32 bytes.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_atomic(path, os.urandom(32), mode=0o600)
         key = path.read_bytes()

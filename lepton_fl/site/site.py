@@ -15,7 +15,7 @@ from lepton_fl.privacy import Guarantee, Ledger
 from lepton_fl.privacy.ledger import Budget
 from lepton_fl.site.policy import Approvals, Policy
 from lepton_fl.study import Study
-from lepton_fl.tasks import Arrays, TaskSpec, build_model, task_of
+from lepton_fl.tasks import Arrays, TaskSpec, arrays_of, build_model, task_of
 from lepton_fl.training.noise import SimulationNoise
 
 BENCHES = 4
@@ -110,8 +110,6 @@ class Workbench:
     @classmethod
     def prepare(cls, study: Study, data: SiteData) -> Workbench:
         """Build the study's model for the table's width and calibrate its noise."""
-        from lepton_fl.tasks import arrays_of
-
         width = data.train.x_NF.shape[1]
         model = build_model(study, width, torch.Generator())
         return cls(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lepton_fl.errors import ConfigError
 from lepton_fl.study import Study
 from lepton_fl.tasks.registry import registered
 
@@ -42,8 +43,20 @@ def registered_tasks() -> dict[str, TaskSpec]:
 
 
 def task_of(study: Study) -> TaskSpec:
-    """The study's task."""
-    return registered_tasks()[study.task.kind]
+    """The study's task.
+
+    Raises:
+        ConfigError: no such task is installed.
+    """
+    tasks = registered_tasks()
+    if study.task.kind not in tasks:
+        raise ConfigError.at(
+            f"study {study.study.name}",
+            "task.kind",
+            found=study.task.kind,
+            allowed=", ".join(sorted(tasks)),
+        )
+    return tasks[study.task.kind]
 
 
 @torch.no_grad()

@@ -392,3 +392,45 @@ def test_resume_under_another_seed_is_refused(lepton, short_study):
     assert simulate(lepton, short_study, "--compare", "federated").code == 0
 
     refused(simulate(lepton, short_study, "--resume", "--seed", "1"), 3, "'seed 0'", "'seed 1'")
+
+
+def test_approval_needs_a_study_that_is_whole(lepton, replaced, short_study):
+    """Without expected_batch the study that would be trained is another than the one approved."""
+    study = replaced("expected_batch = 52", "")
+
+    refused(
+        lepton("study", "approve", study, "-c", short_study.parent / "site.toml", "--yes"),
+        *(3, "train.expected_batch", "sample_rate x the units"),
+    )
+
+
+def test_budget_is_the_same_by_policy_and_by_site(lepton, short_study, tmp_path):
+    """A site.toml says where the ledger is, whichever of the site's files one names."""
+    home = tmp_path / "sites" / "cleveland"
+    home.mkdir(parents=True)
+    for name in ("site.toml", "policy.toml"):
+        text = (short_study.parent / name).read_text().replace('"site-1"', '"cleveland"')
+        (home / name).write_text(text.replace('approval = "manual"', 'approval = "auto"'))
+    run = lepton("simulate", short_study, "--dataset", "heart", "--policies", "sites", "--out", "run")
+    assert run.code == 0, run.err
+
+    spent = [
+        json.loads(lepton("budget", "show", place, "--json").out)[0]["epsilon_spent"]
+        for place in ("sites/cleveland", "sites/cleveland/policy.toml", "sites/cleveland/site.toml")
+    ]
+
+    assert (home / "state" / "ledger.db").exists()
+    assert spent[0] == spent[1] == spent[2] > 0
+
+
+def test_more_survivors_than_sites_is_refused_before_anything_is_spent(lepton, replaced, tmp_path):
+    """A quorum that cannot be reached must not cost anybody's budget."""
+    study = replaced("enabled = false", "enabled = true\nmin_survivors = 5")
+
+    refused(simulate(lepton, study), 6, "4 sites", "5")
+    assert not (tmp_path / "run").exists()
+
+
+def test_comparing_needs_the_federated_arm(lepton, short_study):
+    """There is nothing to compare with otherwise."""
+    refused(simulate(lepton, short_study, "--compare", "local"), 3, "--compare", "federated")

@@ -384,3 +384,14 @@ def test_a_join_names_no_cohort_yet(make_federation, make_grid, altered):
     make_federation().run(altered(make_grid(), look))
 
     assert kinds == [JOIN] * 3 + [TRAIN] * 9 + [EVALUATE] * 3
+
+
+def test_a_quorum_above_the_cohort_ends_before_anything_is_charged(make_federation, make_grid, make_study):
+    """More survivors than there are sites: every round would be lost, and charged."""
+    survivors = {"enabled": True, "min_survivors": 4}
+    federation = make_federation(study=make_study(secure_aggregation=survivors))
+
+    with pytest.raises(TooFewSites, match="the study asks 4"):
+        federation.run(make_grid())
+
+    assert federation.started == 0
