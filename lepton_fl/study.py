@@ -30,7 +30,8 @@ LOGREG_BELOW_UNITS = 10_000
 MAX_STEPS = 1_000_000
 """Steps of DP-SGD in one study, all rounds together."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Scalar = str | int | bool

@@ -10,7 +10,7 @@ from lepton_fl.errors import ConfigError, PolicyRefused
 from lepton_fl.privacy import Charge, Guarantee, Ledger
 from lepton_fl.privacy.ledger import Spent
 from lepton_fl.site.config import files_of
-from lepton_fl.site.policy import Policy, load_policy
+from lepton_fl.site.policy import Policy, admit_study, load_policy
 from lepton_fl.study import Study
 
 
@@ -162,9 +162,10 @@ def plan_run(budget: SiteBudget, study: Study) -> RunPlan:
     try:
         before = ledger.spent(budget.data_set, limits.delta_total)
         after = ledger.would_spend(charge, rounds=rounds, data_set=budget.data_set, delta=limits.delta_total)
-        reason = ""
+        reason, file = "", str(budget.policy_file)
         try:
-            ledger.reserve(charge, rounds=rounds, budget=budget.policy.ledger_budget(str(budget.policy_file)))
+            admit_study(budget.policy, study, cohort=None, file=file, approvals=None)
+            ledger.reserve(charge, rounds=rounds, budget=budget.policy.ledger_budget(file))
         except PolicyRefused as error:
             reason = error.message
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import webbrowser
 from enum import StrEnum
 from pathlib import Path
@@ -77,6 +79,8 @@ def main() -> None:
     """Entry point of `lepton-fl`."""
     # Small matrices are slower on two threads than on one; before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A polite end keeps what there is, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 
@@ -103,14 +107,14 @@ def quickstart(
     ] = None,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Epsilon of this run, per record, at each site [default: as study.toml says, 1]."),
+        typer.Option(help="Epsilon of this run, per record, at each site (default: as study.toml says, 1)."),
     ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
             "--folder",
             help="Where the study, the sites' policies and ledgers and the runs are kept "
-            "[default: lepton-quickstart/NAME].",
+            "(default: lepton-quickstart/NAME).",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the charged run.", min=0)] = 0,
@@ -148,7 +152,7 @@ def quickstart(
                 epsilon_total=QUICKSTART_BUDGET,
                 epsilon_per_study=QUICKSTART_BUDGET,
                 delta_total=study.privacy.delta or 1e-3,
-                secure_aggregation=False,
+                privacy_unit=study.privacy.unit,
                 min_rows=20,
                 min_positives=5,
                 approval="auto",
@@ -187,7 +191,7 @@ def init(
             epsilon_total=10.0,
             epsilon_per_study=3.0,
             delta_total=1e-3 if template is Template.diagnosis else 1e-5,
-            secure_aggregation=False,
+            privacy_unit="customer_id" if template is Template.fraud else "record",
             min_rows=100,
             min_positives=20,
             approval="manual",
@@ -199,13 +203,14 @@ def init(
     for name, text in texts.items():
         write_atomic(folder / name, text.encode())
         say(f"wrote {folder / name}")
-    say(f"next: lepton-fl plan {folder / 'study.toml'} --sites 5000,20000,800")
+    study = shlex.quote(str(folder / "study.toml"))
+    say(f"next: lepton-fl plan {study} --sites 5000,20000,9000,12000     (training units of each site)")
 
 
 @app.command()
 def plan(
     study_file: StudyFile,
-    epsilon: Annotated[str, typer.Option(help="Epsilons to compare, as 1,3,8 [default: the study's].")] = "",
+    epsilon: Annotated[str, typer.Option(help="Epsilons to compare, as 1,3,8 (default: the study's).")] = "",
     sites: Annotated[str, typer.Option(help="Training units of each site, as 5000,20000,800.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -245,13 +250,13 @@ def simulate(
         Path | None,
         typer.Option(
             help="Folder of SITE/policy.toml and SITE/ledger.db that the run obeys and charges "
-            "[default: made for this run, in OUT/sites]."
+            "(default: made for this run, in OUT/sites)."
         ),
     ] = None,
     engine: Annotated[  # noqa: ARG001 - one engine so far; the flag is part of the contract with scripts
         Engine, typer.Option(help="How the sites are run.")
     ] = Engine.process,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run [default: runs/STUDY-N].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/STUDY-N).")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT's checkpoint, with the next round.")
     ] = False,
@@ -470,7 +475,7 @@ def study_approve(
     """Approve a study at this site, for policies with `approval = "manual"`."""
     from lepton_fl.cli.planning import describe
     from lepton_fl.site.config import files_of
-    from lepton_fl.site.policy import Approvals
+    from lepton_fl.site.policy import Approvals, admit_study, load_policy
     from lepton_fl.study import load_study
 
     study, site = load_study(study_file), files_of(config)
@@ -482,8 +487,10 @@ def study_approve(
             allowed="a number, before anyone can approve what will be trained",
             fix="set it to sample_rate x the units of a typical site",
         )
+    policy = load_policy(site.policy)
+    admit_study(policy, study, cohort=None, file=str(site.policy), approvals=None)
     found = describe(study)
-    for name in ("study", "purpose", "leaves_the_site", "promise"):
+    for name in ("study", "id", "purpose", "leaves_the_site", "promise"):
         typer.echo(f"{name.replace('_', ' ')}: {found[name]}")
     if not yes and not typer.confirm(f"Approve this study at {site.name}?", default=False):
         fail("not approved", 4)

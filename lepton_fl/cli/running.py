@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import webbrowser
@@ -15,11 +16,11 @@ import typer
 from lepton_fl.cli.display import display_for
 from lepton_fl.cli.terminal import INTERRUPTED, console, fail, print_table, say
 from lepton_fl.data import Contract, Table, load_dataset, load_table, partition, pool, read_csv
-from lepton_fl.errors import ConfigError, LeptonError
+from lepton_fl.errors import ConfigError, DataError, LeptonError
 from lepton_fl.privacy import Guarantee
 from lepton_fl.report import write_report
 from lepton_fl.results import ArmName, Interval, Results
-from lepton_fl.study import Study
+from lepton_fl.study import NAME_PATTERN, Study
 
 if TYPE_CHECKING:
     from lepton_fl.simulation import Plan
@@ -52,6 +53,12 @@ def read_tables(
         found = sorted(data.glob("*.csv"))
         if not found:
             raise ConfigError(f"{data}: holds no CSV file, one is expected for each site")
+        for path in found:
+            if not re.fullmatch(NAME_PATTERN, path.stem):
+                raise DataError(
+                    f"{path}: a site is called as its file, by letters, digits, '.', '_' and '-', at most 64",
+                    fix="rename the file",
+                )
         tables = {
             path.stem: load_table(contract, read_csv(path, contract), source=str(path)) for path in found
         }
@@ -173,6 +180,10 @@ def run_folder(out: Path | None, name: str, *, resume: bool) -> Path:
         if resume:
             raise ConfigError("--resume needs the run to go on with", fix="--out RUN --resume")
         return next_run(Path("runs"), f"{name}-")
+    if (out / "checkpoint.safetensors").exists() and not (out / "results.json").exists() and not resume:
+        raise ConfigError(
+            f"{out}: holds a run that was cut off", fix="go on with --resume, or name another folder"
+        )
     if (out / "results.json").exists() and not resume:
         raise ConfigError(
             f"{out}: holds a run already, and is not overwritten",

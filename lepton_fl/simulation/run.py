@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tomllib
@@ -68,11 +69,17 @@ def rehearsal_policy(study: Study, data_set: str) -> str:
     return title + tomli_w.dumps(raw)
 
 
-def open_sites(study: Study, splits: Splits, seed: int, folder: Path | None) -> dict[str, Site]:
+def open_sites(
+    study: Study, splits: Splits, seed: int, folder: Path | None, *, make_policies: bool = True
+) -> dict[str, Site]:
     """One `Site` for each table.
 
-    With `folder`, each site has FOLDER/SITE/{policy.toml, ledger.db} there, made where absent and obeyed
-    where present. Without it this is a rehearsal: a policy that fits and a ledger that forgets.
+    With `folder`, each site has FOLDER/SITE/{policy.toml, ledger.db} there, obeyed and charged; a policy
+    that is absent is made, or refused where `make_policies` is false: a folder that somebody named is
+    somebody's limits. Without a folder this is a rehearsal: a policy that fits, a ledger that forgets.
+
+    Raises:
+        ConfigError: a policy is missing or not understood.
     """
     sites = {}
     for name, (train, test) in splits.items():
@@ -83,9 +90,10 @@ def open_sites(study: Study, splits: Splits, seed: int, folder: Path | None) -> 
             approvals = Approvals(Path(os.devnull))
         else:
             home = folder / name
-            home.mkdir(parents=True, exist_ok=True)
+            if make_policies:
+                home.mkdir(parents=True, exist_ok=True)
             files = files_of(home)
-            if not files.policy.exists():
+            if make_policies and not files.policy.exists():
                 write_atomic(files.policy, rehearsal_policy(study, data_set).encode())
             file, policy, ledger = str(files.policy), load_policy(files.policy), Ledger(files.ledger)
             approvals = Approvals(files.approvals)
@@ -139,6 +147,7 @@ def prepare(
     seed: int,
     *,
     folder: Path | None = None,
+    make_policies: bool = True,
     checkpoint: Path | None = None,
     resume: bool = False,
     observer: Observer | None = None,
@@ -151,9 +160,10 @@ def prepare(
     widths = {train.x_NF.shape[1] for train, _ in splits.values()}
     if len(widths) != 1:
         raise DataError(f"sites: tables of {len(widths)} different widths for one study")
-    sites = open_sites(study, splits, seed, folder)
+    sites = open_sites(study, splits, seed, folder, make_policies=make_policies)
     # Another seed would hold out other records: those that these rounds have trained on.
-    context = f"seed {seed}"
+    digest = hashlib.sha256("".join(sites[n].bench(study).fingerprint for n in sorted(sites)).encode())
+    context = f"seed {seed}, sites {', '.join(sorted(sites))}, data {digest.hexdigest()[:16]}"
     nodes = {FIRST_SITE_NODE + i: name for i, name in enumerate(sorted(sites))}
     grid = InProcessGrid({node: client_app(sites[name]) for node, name in nodes.items()})
     if resume and checkpoint is not None:

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 import lepton_fl
 from lepton_fl.data import Table
-from lepton_fl.errors import ConfigError, LeptonError, PolicyRefused, TooFewSites
+from lepton_fl.errors import ConfigError, DataError, LeptonError, PolicyRefused, TooFewSites
 from lepton_fl.federation.loop import RoundReport
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import epsilon as composed_epsilon
@@ -127,6 +127,11 @@ def check(study: Study, splits: Splits) -> None:
             f"study {study.study.name}: {len(splits)} sites, secure_aggregation.min_sites asks {least}",
             fix="give more sites, or lower secure_aggregation.min_sites in study.toml",
         )
+    if not any(train.positives or test.positives for train, test in splits.values()):
+        raise DataError(
+            f"no record at any site has {study.task.target} = {study.task.positive!r}, the study's positive",
+            fix="set task.positive in study.toml to the value that counts as positive",
+        )
     smallest = min(splits, key=lambda name: splits[name][0].units)
     check_delta(study, splits[smallest][0].units, smallest)
 
@@ -173,12 +178,16 @@ class _Simulation:
             if not (out / "checkpoint.safetensors").exists():
                 raise ConfigError(f"{out}: holds no checkpoint to resume from", fix="leave --resume out")
             if (out / "results.json").exists():
-                self.rounds += read_results(out / "results.json").rounds
+                before = read_results(out / "results.json")
+                if before.status == "completed":
+                    raise ConfigError(f"{out}: holds a completed run", fix="name another folder with --out")
+                self.rounds += before.rounds
         self.main = prepare(
             self.study,
             self.splits,
             self.seed,
             folder=self.plan.policies or out / "sites",
+            make_policies=self.plan.policies is None,
             checkpoint=out / "checkpoint.safetensors",
             resume=self.plan.resume,
             observer=self,

@@ -57,7 +57,7 @@ def files_of(place: Path) -> SiteFiles:
 
     As its site.toml says, or all in one folder where there is none.
     """
-    folder = place if place.is_dir() else place.parent
+    folder = place.parent if place.suffix == ".toml" else place
     config = place if place.is_file() and "site" in read_toml(place) else folder / "site.toml"
     if not config.exists():
         name, policy, state = folder.resolve().name, folder / "policy.toml", folder

@@ -72,10 +72,13 @@ def load_policy(path: Path) -> Policy:
     return load(Policy, path)
 
 
-def admit_study(policy: Policy, study: Study, *, cohort: int | None, file: str, approvals: Approvals) -> None:
+def admit_study(
+    policy: Policy, study: Study, *, cohort: int | None, file: str, approvals: Approvals | None
+) -> None:
     """Refuse a study that the policy forbids, from the study and the cohort's size alone: no row is read.
 
-    `cohort` is None before it is formed; each later message is checked with it.
+    `cohort` is None before it is formed; each later message is checked with it. `approvals` is None where
+    the question is what the policy would say to a study once it were approved.
 
     Raises:
         PolicyRefused: naming what the study asks, what the site allows and in which key.
@@ -124,7 +127,7 @@ def admit_study(policy: Policy, study: Study, *, cohort: int | None, file: str, 
             "signed studies",
             "require.approval",
         )
-    if require.approval == "manual" and not approvals.has(study.id):
+    if require.approval == "manual" and approvals is not None and not approvals.has(study.id):
         error = refuse("approval", "approved studies only", "require.approval")
         error.fix = "lepton-fl study approve study.toml -c site.toml"
         raise error

@@ -200,8 +200,10 @@ def test_a_run_is_not_overwritten(lepton, short_study):
 
 def test_budget_is_spent_over_runs_until_exit_4(lepton, short_study, tmp_path):
     """Runs against the same policies add up; the one that does not fit is refused in one line."""
-    codes = []
-    for number in range(3):
+    assert simulate(lepton, short_study, "--compare", "federated").code == 0
+    (tmp_path / "run" / "sites").rename(tmp_path / "sites")
+    codes = [0]
+    for number in range(1, 3):
         ended = lepton(
             *("simulate", short_study, "--dataset", "heart", "--compare", "federated"),
             *("--policies", "sites", "--out", f"run-{number}"),
@@ -387,11 +389,16 @@ def test_a_study_without_privacy_says_so(lepton, replaced):
     assert "simulation noise" not in ended.out + ended.err
 
 
-def test_resume_under_another_seed_is_refused(lepton, short_study):
-    """Another seed would hold out what these rounds have trained on."""
+def test_resume_under_another_seed_or_data_is_refused(lepton, short_study, tmp_path):
+    """Another seed would hold out what these rounds have trained on; other sites never saw them."""
     assert simulate(lepton, short_study, "--compare", "federated").code == 0
 
-    refused(simulate(lepton, short_study, "--resume", "--seed", "1"), 3, "'seed 0'", "'seed 1'")
+    results = tmp_path / "run" / "results.json"
+    results.write_text(results.read_text().replace('"completed"', '"interrupted"'))
+
+    refused(simulate(lepton, short_study, "--resume", "--seed", "1"), 3, "'seed 0,", "'seed 1,")
+    cut = ("--resume", "--sites", "4", "--split", "iid")
+    refused(simulate(lepton, short_study, *cut), 3, "cleveland", "site-1")
 
 
 def test_approval_needs_a_study_that_is_whole(lepton, replaced, short_study):
@@ -406,11 +413,13 @@ def test_approval_needs_a_study_that_is_whole(lepton, replaced, short_study):
 
 def test_budget_is_the_same_by_policy_and_by_site(lepton, short_study, tmp_path):
     """A site.toml says where the ledger is, whichever of the site's files one names."""
-    home = tmp_path / "sites" / "cleveland"
-    home.mkdir(parents=True)
-    for name in ("site.toml", "policy.toml"):
-        text = (short_study.parent / name).read_text().replace('"site-1"', '"cleveland"')
-        (home / name).write_text(text.replace('approval = "manual"', 'approval = "auto"'))
+    for site in ("cleveland", "hungary", "long-beach", "switzerland"):
+        home = tmp_path / "sites" / site
+        home.mkdir(parents=True)
+        for name in ("site.toml", "policy.toml"):
+            text = (short_study.parent / name).read_text().replace('"site-1"', f'"{site}"')
+            text = text.replace('approval = "manual"', 'approval = "auto"')
+            (home / name).write_text(text.replace("min_rows = 100", "min_rows = 10").replace("= 20", "= 1"))
     run = lepton("simulate", short_study, "--dataset", "heart", "--policies", "sites", "--out", "run")
     assert run.code == 0, run.err
 
@@ -434,3 +443,42 @@ def test_more_survivors_than_sites_is_refused_before_anything_is_spent(lepton, r
 def test_comparing_needs_the_federated_arm(lepton, short_study):
     """There is nothing to compare with otherwise."""
     refused(simulate(lepton, short_study, "--compare", "local"), 3, "--compare", "federated")
+
+
+def test_a_completed_run_is_not_resumed(lepton, short_study):
+    """There is nothing to go on with, and its results would be replaced."""
+    assert simulate(lepton, short_study, "--compare", "federated").code == 0
+
+    refused(simulate(lepton, short_study, "--resume"), 3, "completed run")
+
+
+def test_a_named_folder_of_policies_must_be_there(lepton, short_study):
+    """A misspelt folder must not become a fresh budget that allows everything."""
+    refused(simulate(lepton, short_study, "--policies", "nowhere"), 3, "nowhere/cleveland/policy.toml")
+
+
+def test_a_positive_value_that_no_record_has_is_refused(lepton, replaced):
+    """Otherwise a whole run would be charged for a label that does not occur."""
+    refused(simulate(lepton, replaced("positive = 1", "positive = 7")), 3, "disease = 7", "task.positive")
+
+
+def test_approval_and_plan_ask_the_policy_too(lepton, tmp_path):
+    """What the site's own policy refuses is neither approved nor said to fit."""
+    lepton("init", "new", "--template", "fraud")
+    policy = tmp_path / "new" / "policy.toml"
+    policy.write_text(policy.read_text().replace('"customer_id"', '"record"'))
+
+    approved = lepton("study", "approve", "new/study.toml", "-c", "new/site.toml", "--yes")
+    planned = lepton("budget", "plan", "new/study.toml", "-c", "new/site.toml")
+
+    refused(approved, 4, "customer_id", "require.privacy_units")
+    refused(planned, 4, "customer_id", "require.privacy_units")
+
+
+def test_a_site_is_called_as_its_file(lepton, tmp_path):
+    """A file name that cannot be a site's name is refused before anything is made."""
+    folder = csv_of(tmp_path, lambda lines: lines)
+    (folder / "bank-0.csv").rename(folder / "bank 0.csv")
+    (tmp_path / "tiny.toml").write_text(TINY)
+
+    refused(lepton("simulate", "tiny.toml", "--data", folder, "--out", "run"), 3, "bank 0.csv", "rename")

@@ -75,38 +75,46 @@ def test_the_sites_are_charged(heart_plan):
         assert 0 < site.epsilon_run == site.epsilon_spent < 4.0 == site.epsilon_allowed
 
 
+def write_policies(folder, **epsilon):
+    """A policy for each hospital: epsilon 4 in all, or as told."""
+    for site in ("cleveland", "hungary", "long-beach", "switzerland"):
+        allowed = epsilon.get(site, 4.0)
+        (folder / site).mkdir(parents=True)
+        (folder / site / "policy.toml").write_text(
+            f'[data]\nid = "{site}-disease"\n'
+            f"[budget]\nepsilon_total = {allowed}\nepsilon_per_study = {allowed}\ndelta_total = 1e-3\n"
+            '[require]\nsecure_aggregation = false\napproval = "auto"\n'
+        )
+    return folder
+
+
 def test_a_spent_budget_refuses_the_next_run(heart_plan, tmp_path):
     """With the site's own numbers, file and key, and nothing further is charged."""
-    plan = heart_plan(policies=tmp_path / "policies")
-    spent = simulate(plan).sites[0].epsilon_spent
+    policies = write_policies(tmp_path / "policies")
+    spent = simulate(heart_plan(policies=policies)).sites[0].epsilon_spent
 
     with pytest.raises(BudgetExhausted) as refused:
-        simulate(heart_plan(policies=tmp_path / "policies", out=tmp_path / "second"))
+        simulate(heart_plan(policies=policies, out=tmp_path / "second"))
 
     assert refused.value.message.startswith("site cleveland: privacy budget of data set cleveland-disease")
     assert f"spent epsilon {spent:.3g}" in refused.value.message
     assert "allowed 4 at delta 0.001" in refused.value.message
-    assert str(tmp_path / "policies" / "cleveland" / "policy.toml") in refused.value.message
+    assert str(policies / "cleveland" / "policy.toml") in refused.value.message
     assert "and 3 more sites" in refused.value.message
-    assert charged(tmp_path / "policies", "cleveland") == [1, 2, 3]
+    assert charged(policies, "cleveland") == [1, 2, 3]
     assert not (tmp_path / "second").exists()
 
 
 def test_a_site_own_policy_is_obeyed(heart_plan, tmp_path):
-    """What is in its folder is not overwritten, and allows half of what the study asks."""
-    home = tmp_path / "policies" / "hungary"
-    home.mkdir(parents=True)
-    budget = "epsilon_total = 2.0\nepsilon_per_study = 2.0\ndelta_total = 1e-3\n"
-    (home / "policy.toml").write_text(
-        f'[data]\nid = "hungary-disease"\n[budget]\n{budget}[require]\napproval = "auto"\n'
-    )
+    """One hospital allows half of what the study asks, and stays out."""
+    policies = write_policies(tmp_path / "policies", hungary=2.0)
 
-    results = simulate(heart_plan(policies=tmp_path / "policies"))
+    results = simulate(heart_plan(policies=policies))
 
     status = {site.site: site.status for site in results.sites}
     assert status.pop("hungary") == "the site's policy refuses the study (budget.epsilon_per_study)"
     assert set(status.values()) == {"took part"}
-    assert charged(tmp_path / "policies", "hungary") == []
+    assert charged(policies, "hungary") == []
 
 
 def test_rehearsals_charge_nothing(heart_plan):
@@ -167,7 +175,9 @@ def test_another_seed_is_not_resumed(heart_plan):
     """It would hold out records that the first rounds have trained on."""
     simulate(heart_plan(), Interrupting(after=1))
 
-    with pytest.raises(ConfigError, match="found a checkpoint of 'seed 0', expected 'seed 1'"):
+    with pytest.raises(
+        ConfigError, match=r"found a checkpoint of 'seed 0, sites .*, expected 'seed 1, sites "
+    ):
         simulate(heart_plan(seeds=(1,), resume=True))
 
 
