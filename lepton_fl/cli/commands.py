@@ -123,6 +123,8 @@ def quickstart(
 ) -> None:
     """Train one model over real hospitals, privately, and compare it with each one's own.
 
+    NAME is heart (four real hospitals) or cancer (one table, cut into sites).
+
     Run it again and again: every run is charged to the same hospitals' privacy ledgers, and when
     their budget is spent they refuse (exit 4). Edit study.toml and the policies and see what changes.
     """
@@ -378,7 +380,10 @@ def budget_show(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="site.toml.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Spent and left of each site's privacy budget, over all studies on its data set."""
+    """Spent and left of each site's privacy budget, over all studies on its data set.
+
+    PATH is a policy.toml, a site.toml, or a folder that holds one or many (a quickstart's, a run's).
+    """
     from lepton_fl.cli.budgets import budgets, show
 
     found = budgets([*(places or []), *([config] if config else [])])
