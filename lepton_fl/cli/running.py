@@ -7,6 +7,8 @@ import re
 import shlex
 import sys
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,14 +83,14 @@ def run_plan(plan: Plan, *, as_json: bool, open_report: bool) -> None:
     from lepton_fl.simulation import simulate
 
     log = plan.out / "run.log"
-    handler = _log_to(log)
     try:
-        guarantee = Guarantee.of(plan.study)
-        say(guarantee.sentence())
-        with display_for(plan.study.task.metric, ", ".join(guarantee.simulation_labels)) as display:
-            results = simulate(plan, display)
+        with _logged_to(log):
+            guarantee = Guarantee.of(plan.study)
+            say(guarantee.sentence())
+            labels = ", ".join(guarantee.simulation_labels)
+            with display_for(plan.study.task.metric, labels) as display:
+                results = simulate(plan, display)
     except LeptonError:
-        handler.close()
         # Refused before anything was trained: there is no run to keep a folder for.
         if {path.name for path in plan.out.iterdir()} <= {log.name}:
             log.unlink(missing_ok=True)
@@ -203,15 +205,21 @@ def this_command() -> str:
     return shlex.join(["lepton-fl", *sys.argv[1:]])
 
 
-def _log_to(path: Path) -> logging.Handler:
+@contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
     """The library's log goes to the run's folder: the terminal shows what a person must know."""
     logger = logging.getLogger("lepton_fl")
+    level, propagate = logger.level, logger.propagate
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
-        old.close()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    return handler
+    try:
+        yield
+    finally:
+        # A handler left behind would open its file anew at the next line, in a folder that may be gone.
+        logger.removeHandler(handler)
+        handler.close()
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -482,3 +483,13 @@ def test_a_site_is_called_as_its_file(lepton, tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
 
     refused(lepton("simulate", "tiny.toml", "--data", folder, "--out", "run"), 3, "bank 0.csv", "rename")
+
+
+def test_a_run_leaves_no_log_handler_behind(lepton, short_study):
+    """Of a run that was refused and one that was not: the next line would be written into a folder gone."""
+    before = list(logging.getLogger("lepton_fl").handlers)
+
+    simulate(lepton, short_study, "--policies", "nowhere")
+    simulate(lepton, short_study, "--compare", "federated")
+
+    assert logging.getLogger("lepton_fl").handlers == before
