@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.supercore.task_identity import TaskIdentity
 
 from lepton_fl.errors import BadReply, BadRequest, LeptonError
-from lepton_fl.study import Study, parse_canonical
+from lepton_fl.study import NAME_PATTERN, Study, parse_canonical
 
 # Flower logs each step of each round at INFO, to the console.
 logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -39,7 +39,6 @@ _ERROR_BASE = 1000
 """Above Flower's own error codes; the rest is the exit code of the error's class."""
 _INTERNAL = _ERROR_BASE + 1
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_STUDY = 4 << 20
 """Bytes. A study of ten thousand columns has about one million."""
 _MAX_COHORT = 10_000
@@ -69,7 +68,7 @@ class Assignment:
 
 def is_site_name(name: str) -> bool:
     """Whether `name` can be a site's: 1 to 64 letters, digits, dots, dashes and underscores."""
-    return _SITE.fullmatch(name) is not None
+    return re.fullmatch(NAME_PATTERN, name) is not None
 
 
 def identify(run: str, node: int) -> None:

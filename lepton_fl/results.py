@@ -31,6 +31,13 @@ class Interval(Strict):
     high: float | None = None
     """97.5th percentile."""
 
+    @property
+    def side(self) -> Literal[-1, 0, 1] | None:
+        """On which side of zero the whole interval lies; 0 where it holds zero, None where there is none."""
+        if self.low is None or self.high is None:
+            return None
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
 
 class SiteSummary(Strict):
     """One institution of the run. Counts appear because the data are simulated or public."""

@@ -34,6 +34,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Delta = Annotated[float, Field(ge=1e-10, lt=1)]
+"""Of differential privacy; from what accounting can resolve."""
 Scalar = str | int | bool
 
 
@@ -92,7 +94,7 @@ class Privacy(Strict):
     unit: str = "record"
     """`record`, or the column that names whose record it is; refused where a site lacks it."""
     epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
-    delta: Annotated[float, Field(ge=1e-10, lt=1)] | None = None
+    delta: Delta | None = None
     """Refused where delta >= 1 / units of the smallest site, and below what accounting can resolve."""
     clip: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
     """L2 bound on one unit's gradient. Bounded, so that noise and sum are of numbers float32 holds."""
@@ -407,6 +409,13 @@ class Study(Strict):
         few = site_units * self.secure_aggregation.min_sites < LOGREG_BELOW_UNITS
         tight = self.privacy.epsilon is not None and self.privacy.epsilon < 3
         return "logreg" if few or tight else "mlp"
+
+    def needed(self, cohort: int) -> int:
+        """Sites that must be there for a cohort of this size to begin a round.
+
+        Not only the smallest cohort: a round that cannot keep its survivors is lost, and charged.
+        """
+        return max(self.secure_aggregation.min_sites, self.survivors(cohort))
 
     def survivors(self, cohort: int) -> int:
         """Sites, of a cohort of this size, that a round must keep to be aggregated.

@@ -217,10 +217,12 @@ class Federation:
                 cohort[node] = name
         for node in unheard:
             self.refused[self._name(node)] = "no answer before the deadline"
-        least = max(least, self.study.survivors(len(cohort)))
+        least = self.study.needed(len(cohort))
         if len(cohort) < least:
-            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.refused.items()))
-            said = f"{len(cohort)} of {len(messages)} sites take part, the study asks {least} ({reasons})"
+            said = (
+                f"{len(cohort)} of {len(messages)} sites take part, the study asks {least} "
+                f"({self._refusals()})"
+            )
             # What the sites refused for is what a person must mend, more than the number that is left.
             if PolicyRefused.exit_code in codes:
                 raise PolicyRefused(said)
@@ -260,10 +262,12 @@ class Federation:
 
     def _check_enough(self, cohort: Mapping[int, str]) -> None:
         """Stop before a round that the sites would have to refuse, and would be charged for."""
-        least = max(self.study.secure_aggregation.min_sites, self.study.survivors(len(cohort)))
+        least = self.study.needed(len(cohort))
         if len(cohort) < least:
-            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.refused.items()))
-            raise TooFewSites(f"{len(cohort)} sites are left, the study asks {least} ({reasons})")
+            raise TooFewSites(f"{len(cohort)} sites are left, the study asks {least} ({self._refusals()})")
+
+    def _refusals(self) -> str:
+        return "; ".join(f"{name}: {why}" for name, why in sorted(self.refused.items()))
 
     def _report(self, current: Round, sites: tuple[str, ...], before: float) -> None:
         if self.observer is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,10 @@ class Gaussian:
             raise ValueError(f"sampling_rate {self.sampling_rate} must be in (0, 1]")
         if self.steps < 0:
             raise ValueError(f"steps {self.steps} must not be negative")
+
+    def times(self, rounds: int) -> Gaussian:
+        """So many rounds like this one."""
+        return replace(self, steps=self.steps * rounds)
 
 
 def epsilon(events: Iterable[Gaussian], delta: float, *, interval: float = GATE) -> float:

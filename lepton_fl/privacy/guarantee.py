@@ -55,12 +55,7 @@ class Guarantee:
         event = self.round_event
         if event is None or self.study.privacy.delta is None:
             return None
-        whole = Gaussian(
-            noise_multiplier=event.noise_multiplier,
-            sampling_rate=event.sampling_rate,
-            steps=event.steps * rounds,
-        )
-        return epsilon([whole], self.study.privacy.delta)
+        return epsilon([event.times(rounds)], self.study.privacy.delta)
 
     @property
     def unit(self) -> str:

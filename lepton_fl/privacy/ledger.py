@@ -280,7 +280,7 @@ class Ledger:
 
     def would_spend(self, planned: Charge, *, rounds: int, data_set: str, delta: float) -> float:
         """Epsilon at `delta` of everything charged so far and `rounds` rounds like `planned`."""
-        return epsilon([*self.events(data_set), _times(planned.event, rounds)], delta)
+        return epsilon([*self.events(data_set), planned.event.times(rounds)], delta)
 
     def _reserve(self, planned: Charge, rounds: int, budget: Budget) -> None:
         if planned.delta > budget.delta_total:
@@ -302,7 +302,7 @@ class Ledger:
                 fix="keep one privacy unit for a data set",
                 public="the site's budget is kept for another privacy unit",
             )
-        run = _times(planned.event, rounds)
+        run = planned.event.times(rounds)
         total = epsilon([*self.events(budget.data_set), run], budget.delta_total)
         if total > budget.epsilon_total:
             before = self.spent(budget.data_set, budget.delta_total)
@@ -403,14 +403,6 @@ class _Reservation:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _times(event: Gaussian, rounds: int) -> Gaussian:
-    return Gaussian(
-        noise_multiplier=event.noise_multiplier,
-        sampling_rate=event.sampling_rate,
-        steps=event.steps * rounds,
-    )
 
 
 def _statements(script: str) -> list[str]:

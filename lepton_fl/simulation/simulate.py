@@ -121,7 +121,7 @@ def check(study: Study, splits: Splits) -> None:
         TooFewSites: fewer sites than the study's smallest cohort.
         ConfigError: delta is not below one over the units of the smallest site.
     """
-    least = max(study.secure_aggregation.min_sites, study.survivors(len(splits)))
+    least = study.needed(len(splits))
     if len(splits) < least:
         raise TooFewSites(
             f"study {study.study.name}: {len(splits)} sites, secure_aggregation.min_sites asks {least}",
@@ -376,7 +376,7 @@ class _Simulation:
 
     def _gains(self, arms: tuple[Arm, ...]) -> tuple[dict[str, OwnArm], dict[str, Interval], Interval | None]:
         """Each site's better own model, and federated minus it: by site, and their mean."""
-        seeds = min((len(self.scored.get(name, [])) for name in ("federated", "local", "linear")), default=0)
+        seeds = min(len(self.scored.get(name, [])) for name in ("federated", "local", "linear"))
         if seeds == 0:
             return {}, {}, None
         by_name = {arm.arm: arm.per_site for arm in arms}
@@ -407,7 +407,7 @@ class _Simulation:
         if difference is None or difference.mean is None:
             return start + f"Federated {name} {ours.mean:.3f} on held-out records."
         low, high = difference.low or 0.0, difference.high or 0.0
-        sure = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
+        sure = {1: "better", -1: "worse"}.get(difference.side or 0, "not clearly different")
         parts = [
             (
                 f"{start}Federated {name} {ours.mean:.3f}; own gradient boosting "
@@ -486,18 +486,10 @@ class _Simulation:
 
 def _by_advice(gains: dict[str, Interval]) -> dict[str, list[str]]:
     """The sites by what the paired interval of their gain says."""
-    advice: dict[str, list[str]] = {"Gains": [], "No clear difference": [], "Keep your own model": []}
-    for site, value in gains.items():
-        if value.low is not None and value.high is not None:
-            said = (
-                "Gains"
-                if value.low > 0
-                else "Keep your own model"
-                if value.high < 0
-                else "No clear difference"
-            )
-            advice[said].append(site)
-    return advice
+    words = {1: "Gains", 0: "No clear difference", -1: "Keep your own model"}
+    return {
+        said: [site for site, value in gains.items() if value.side == side] for side, said in words.items()
+    }
 
 
 def _below(ours: float | None, theirs: float | None) -> bool:

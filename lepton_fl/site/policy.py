@@ -12,7 +12,7 @@ from pydantic import Field
 from lepton_fl.config import Array, Strict, load
 from lepton_fl.errors import ConfigError, PolicyRefused
 from lepton_fl.privacy.ledger import Budget
-from lepton_fl.study import Name, Positive, Study
+from lepton_fl.study import Delta, Name, Positive, Study
 
 
 class _Data(Strict):
@@ -23,7 +23,7 @@ class _Data(Strict):
 class _Budget(Strict):
     epsilon_total: Positive
     epsilon_per_study: Positive
-    delta_total: Annotated[float, Field(ge=1e-10, lt=1)]
+    delta_total: Delta
 
 
 class _Require(Strict):
