@@ -128,11 +128,30 @@ class SecureAggregation(Strict):
         return self
 
 
+_ADAPTIVE = {"beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3}
+STRATEGY_KEYS: dict[str, dict[str, float | None]] = {
+    "lockstep": {},
+    "fedavg": {},
+    "fedavgm": {"server_lr": 1.0, "server_momentum": 0.9},
+    "fedprox": {"proximal_mu": None},
+    "fedadam": {"server_lr": 0.1, **_ADAPTIVE},
+    "fedyogi": {"server_lr": 0.01, **_ADAPTIVE},
+    "fedadagrad": {"server_lr": 0.1, "tau": 1e-3},
+}
+"""The keys of [train] that one strategy reads and another does not, with their defaults; None must be given.
+
+Flower's defaults, but for the momentum, which is Hsu et al.'s (2019): Flower's 0 is plain fedavg.
+"""
+
+
 class Train(Strict):
     """How the model is trained. All of it is public; none of it is counted at a site."""
 
-    strategy: Literal["lockstep", "fedavg"] = "lockstep"
-    """lockstep: a round is one DP-SGD step of every site. fedavg: `local_steps` at each site."""
+    strategy: Literal["lockstep", "fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"] = (
+        "lockstep"
+    )
+    """lockstep: a round is one DP-SGD step of every site. The others: `local_steps` at each site, and the
+    server averages (fedavg, fedprox) or takes a step of its own optimizer along the average."""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
     sample_rate: Annotated[float, Field(ge=1e-6, le=1)]
     """Poisson, per unit and step."""
@@ -144,8 +163,20 @@ class Train(Strict):
     """
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     optimizer: Literal["sgd", "adam"] = "adam"
-    """Of the server under lockstep, of each site under fedavg."""
+    """Of the server under lockstep, of each site under every other strategy."""
     lr: Annotated[float, Field(gt=0, le=100)]
+    """Learning rate of `optimizer`."""
+    server_lr: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Learning rate of the server along the sites' mean update."""
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    beta_1: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the mean of past updates."""
+    beta_2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the mean of their squares."""
+    tau: Annotated[float, Field(ge=1e-10, le=1)] | None = None
+    """Added to the root of that mean: the larger, the less adaptive."""
+    proximal_mu: Annotated[float, Field(gt=0, le=100)] | None = None
+    """How strongly a site's local steps are pulled back towards the model it received."""
     spare_rounds: Annotated[int, Field(ge=0)] | None = None
     """Rounds the noise also covers, for those lost to a crash; 5 % of `rounds` by default."""
     deadline: Annotated[float, Field(gt=0, le=604_800)] = 600.0
@@ -163,12 +194,35 @@ class Train(Strict):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_strategy(cls, raw: Any) -> Any:
+        # Here and not where they are used: a default that is spelt out must not change the study's id.
+        if not isinstance(raw, dict) or not isinstance(strategy := raw.get("strategy"), str):
+            return raw
+        defaults = STRATEGY_KEYS.get(strategy, {})
+        return {**raw, **{key: value for key, value in defaults.items() if raw.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> Train:
+        read = STRATEGY_KEYS[self.strategy]
+        for key in sorted({key for keys in STRATEGY_KEYS.values() for key in keys}):
+            value = getattr(self, key)
+            if value is None and key in read:
+                raise ValueError(f"strategy = {self.strategy!r} needs {key}")
+            if value is not None and key not in read:
+                readers = ", ".join(name for name, keys in STRATEGY_KEYS.items() if key in keys)
+                raise ValueError(
+                    f"{key} = {value:g}: strategy = {self.strategy!r} does not read it; allowed for {readers}"
+                )
+        return self
+
     @model_validator(mode="after")
     def _lockstep_is_one_step(self) -> Train:
         if self.strategy == "lockstep" and self.local_steps != 1:
             raise ValueError(
                 f"local_steps = {self.local_steps}: a lockstep round is exactly one step; "
-                "use strategy = 'fedavg' for several"
+                "use strategy = 'fedavg', or another, for several"
             )
         return self
 

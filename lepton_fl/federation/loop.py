@@ -19,7 +19,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from lepton_fl.errors import PolicyRefused, TooFewSites
+from lepton_fl.errors import PolicyRefused, ProtocolError, TooFewSites
 from lepton_fl.federation.checkpoint import Checkpoint
 from lepton_fl.federation.grids import CohortGrid, SummingGrid
 from lepton_fl.federation.rounds import Round
@@ -40,7 +40,7 @@ from lepton_fl.messages import (
     to_record,
 )
 from lepton_fl.study import Study
-from lepton_fl.tasks.arrays import Arrays
+from lepton_fl.tasks.arrays import Arrays, check_like
 
 log = logging.getLogger(__name__)
 
@@ -167,12 +167,13 @@ class Federation:
                 self._report(current, (), before)
                 cohort = self._still_in(cohort, current)
                 continue
+            # The number of the aggregation: a lost round is no step of the server's optimizer.
             aggregate, _ = strategy.aggregate_train(
-                number, [self._as_weights(reply, delta) for _, reply, delta in current.accepted]
+                self.done + 1, [self._as_weights(reply, delta) for _, reply, delta in current.accepted]
             )
             if aggregate is None:
                 raise TooFewSites(f"round {number}: the strategy gave no model")
-            self.model = {n: a.astype(np.float32) for n, a in from_record(aggregate).items()}
+            self.model = _as_model(from_record(aggregate), self.model, number)
             self.done += 1
             self._strategy_state = strategy.state()
             self._save()
@@ -306,6 +307,22 @@ class Federation:
             found = {k: float(v) for k, v in figures if k != WEIGHT and isinstance(v, float)}
             if found:
                 self.released[name] = found
+
+
+def _as_model(aggregate: Arrays, before: Arrays, number: int) -> Arrays:
+    """The aggregate in the model's float32.
+
+    Raises:
+        ProtocolError: it is not a finite model there; the one before stays.
+    """
+    try:
+        check_like(aggregate, before)
+    except ProtocolError as error:
+        raise ProtocolError(
+            f"round {number}: the aggregate is no model: {error.message}",
+            fix="train diverges: lower train.lr, or train.server_lr where there is one",
+        ) from None
+    return {name: array.astype(np.float32) for name, array in aggregate.items()}
 
 
 def _declared_name(reply: Message) -> str | None:

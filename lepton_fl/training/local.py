@@ -8,6 +8,7 @@ of the mechanism that really ran.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -60,6 +61,8 @@ class LocalPlan:
     steps: int
     optimizer: Literal["sgd", "adam"]
     lr: float
+    proximal_mu: float = 0.0
+    """Pull of each step towards the received model (FedProx); 0 for none."""
 
     @classmethod
     def of(cls, study: Study, guarantee: Guarantee) -> LocalPlan:
@@ -87,6 +90,7 @@ class LocalPlan:
             # Under lockstep the server holds the optimizer; a site's delta is minus its gradient.
             optimizer="sgd" if lockstep else train.optimizer,
             lr=1.0 if lockstep else train.lr,
+            proximal_mu=train.proximal_mu or 0.0,
         )
 
 
@@ -128,7 +132,9 @@ def train_locally(
     the gradient) + N(0, (noise_multiplier * clip)^2), divided by a public constant; each unit is sampled
     independently with probability `sample_rate`. A step whose batch is empty is a step like any other,
     noise included. So the update is the `steps`-fold composition of the Poisson-subsampled Gaussian
-    mechanism under adding or removing one unit (Abadi et al. 2016, Algorithm 1).
+    mechanism under adding or removing one unit (Abadi et al. 2016, Algorithm 1). FedProx's pull (Li et al.
+    2020, eq. 2) changes none of this: it is added to what a step released, and computed from the received
+    model and from the steps released before, never from a record.
 
     Raises:
         ProtocolError: `arrays` do not fit the model or are not finite.
@@ -147,6 +153,8 @@ def train_locally(
         loss_reduction="mean",
         generator=noising,
     )
+    if plan.proximal_mu:
+        optimizer.attach_step_hook(_pull(model, plan.proximal_mu))
     taken = 0
     try:
         for _ in range(plan.steps):
@@ -188,6 +196,23 @@ def _inner_optimizer(model: nn.Module, plan: LocalPlan) -> torch.optim.Optimizer
     if plan.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=plan.lr)
     return torch.optim.SGD(model.parameters(), lr=plan.lr)
+
+
+def _pull(model: nn.Module, mu: float) -> Callable[[DPOptimizer], None]:
+    """Adds the gradient of mu/2 |w - received|^2, FedProx's proximal term; `model` holds the received w.
+
+    To be called where Opacus has clipped, noised and divided: inside the clip it would take the records'
+    share of it, and the noise would hide what needs no hiding.
+    """
+    received = [parameter.detach().clone() for parameter in model.parameters()]
+
+    @torch.no_grad()
+    def pull(_: DPOptimizer) -> None:
+        for parameter, start in zip(model.parameters(), received, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - start, alpha=mu)
+
+    return pull
 
 
 def _poisson_sample(units: int, rate: float, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lepton_fl.config import parse
 from lepton_fl.errors import ConfigError
-from lepton_fl.study import CANONICAL_PREFIX, Study, parse_canonical
+from lepton_fl.study import CANONICAL_PREFIX, STRATEGY_KEYS, Study, parse_canonical
 
 study_of = partial(parse, Study, file="study.toml")
 
@@ -29,6 +29,23 @@ SOURCE = st.one_of(
     st.lists(st.one_of(TEXT, st.integers(-9, 9), st.booleans()), min_size=1, max_size=4, unique_by=str).map(
         lambda codes: {"vocabulary": codes}
     ),
+)
+CONSTANTS = {
+    "server_lr": REAL(min_value=0.01, max_value=100),
+    "server_momentum": REAL(min_value=0, max_value=0.99),
+    "beta_1": REAL(min_value=0, max_value=0.99),
+    "beta_2": REAL(min_value=0, max_value=0.99),
+    "tau": REAL(min_value=1e-10, max_value=1),
+    "proximal_mu": REAL(min_value=1e-3, max_value=100),
+}
+STRATEGY = st.sampled_from(sorted(STRATEGY_KEYS)).flatmap(
+    lambda name: st.fixed_dictionaries(
+        {
+            "strategy": st.just(name),
+            **{key: CONSTANTS[key] for key, usual in STRATEGY_KEYS[name].items() if usual is None},
+        },
+        optional={key: CONSTANTS[key] for key, usual in STRATEGY_KEYS[name].items() if usual is not None},
+    )
 )
 COLUMN = st.one_of(
     st.fixed_dictionaries(
@@ -51,10 +68,13 @@ STUDY = st.fixed_dictionaries(
         "privacy": st.fixed_dictionaries(
             {"epsilon": EPSILON, "delta": DELTA}, optional={"clip": CLIP, "unit": TEXT}
         ),
-        "train": st.fixed_dictionaries(
-            {"rounds": st.integers(9, 900_000), "sample_rate": RATE, "lr": EPSILON},
-            optional={"expected_batch": BATCH, "spare_rounds": st.integers(0, 9)},
-        ),
+        "train": st.tuples(
+            st.fixed_dictionaries(
+                {"rounds": st.integers(9, 900_000), "sample_rate": RATE, "lr": EPSILON},
+                optional={"expected_batch": BATCH, "spare_rounds": st.integers(0, 9)},
+            ),
+            STRATEGY,
+        ).map(lambda parts: {**parts[0], **parts[1]}),
         "features": st.dictionaries(TEXT, COLUMN, min_size=1, max_size=4).map(lambda c: {"columns": c}),
     },
     optional={

@@ -12,7 +12,15 @@ from pydantic import BaseModel
 
 from lepton_fl.config import parse
 from lepton_fl.errors import ConfigError, VerificationFailed
-from lepton_fl.study import CANONICAL_PREFIX, Study, check_delta, load_study, override, parse_canonical
+from lepton_fl.study import (
+    CANONICAL_PREFIX,
+    STRATEGY_KEYS,
+    Study,
+    check_delta,
+    load_study,
+    override,
+    parse_canonical,
+)
 
 VECTOR = Path(__file__).parents[1] / "vectors" / "study.json"
 
@@ -48,6 +56,12 @@ CHANGES = {
     "train.local_steps": {"train.strategy": "fedavg", "train.local_steps": 2},
     "train.optimizer": {"train.optimizer": "sgd"},
     "train.lr": {"train.lr": 0.2},
+    "train.server_lr": {"train.strategy": "fedadam", "train.server_lr": 0.2},
+    "train.server_momentum": {"train.strategy": "fedavgm", "train.server_momentum": 0.8},
+    "train.beta_1": {"train.strategy": "fedyogi", "train.beta_1": 0.8},
+    "train.beta_2": {"train.strategy": "fedyogi", "train.beta_2": 0.8},
+    "train.tau": {"train.strategy": "fedadagrad", "train.tau": 0.01},
+    "train.proximal_mu": {"train.strategy": "fedprox", "train.proximal_mu": 0.1},
     "train.spare_rounds": {"train.spare_rounds": 1},
     "train.deadline": {"train.deadline": 601.0},
     "model.name": {"model.name": "mlp"},
@@ -312,6 +326,60 @@ def test_shared_noise_needs_secure_aggregation(make_study):
 def test_lockstep_takes_one_step(make_study):
     """Several steps under lockstep would be charged and not taken, or taken and not charged."""
     assert "exactly one step" in refused(make_study, train={"local_steps": 2})
+
+
+READ = [(strategy, key) for strategy, keys in STRATEGY_KEYS.items() for key in keys]
+UNREAD = [
+    (strategy, key)
+    for strategy in STRATEGY_KEYS
+    for key in sorted({key for _, key in READ})
+    if (strategy, key) not in READ
+]
+
+
+@pytest.mark.parametrize(("strategy", "key"), UNREAD)
+def test_a_key_that_a_strategy_does_not_read_is_refused(make_study, strategy, key):
+    """By its name and the strategy's: what is ignored was not agreed on."""
+    mu = {"proximal_mu": 0.5} if strategy == "fedprox" else {}
+
+    said = refused(make_study, train={"strategy": strategy, **mu, key: 0.5})
+
+    assert f"train: {key} = 0.5: strategy = '{strategy}' does not read it; allowed for " in said
+
+
+def test_fedprox_needs_its_mu(make_study):
+    """Li et al. tune it for each data set; Flower's default of 0 is fedavg under another name."""
+    said = refused(make_study, train={"strategy": "fedprox"})
+
+    assert "train: strategy = 'fedprox' needs proximal_mu" in said
+
+
+@pytest.mark.parametrize(("strategy", "key"), [pair for pair in READ if pair[1] != "proximal_mu"])
+def test_a_strategys_default_spelt_out_is_the_same_study(make_study, strategy, key):
+    """It is written into the canonical bytes either way."""
+    left_out = make_study(train={"strategy": strategy})
+    spelt_out = make_study(train={"strategy": strategy, key: STRATEGY_KEYS[strategy][key]})
+
+    assert getattr(left_out.train, key) is not None
+    assert spelt_out.canonical == left_out.canonical
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key", "value"),
+    [
+        ("fedavgm", "server_lr", 0.0),
+        ("fedavgm", "server_lr", 101.0),
+        ("fedavgm", "server_momentum", 1.0),
+        ("fedadam", "beta_1", -0.1),
+        ("fedadam", "beta_2", 1.0),
+        ("fedadam", "tau", 0.0),
+        ("fedprox", "proximal_mu", 0.0),
+        ("fedprox", "proximal_mu", 101.0),
+    ],
+)
+def test_a_constant_out_of_bounds_is_refused(make_study, strategy, key, value):
+    """Where the step would have no meaning, or no end."""
+    assert f"train.{key}: found {value}" in refused(make_study, train={"strategy": strategy, key: value})
 
 
 def test_fewer_survivors_than_sites_are_refused(make_study):

@@ -63,8 +63,9 @@ CANONICAL = (
     '"task":{"kind":"binary","metric":"auc",'
     '"operating_point":{"alerts_per_day":null,"cost_fn":null,"cost_fp":null,"fpr":0.01},'
     '"positive":1,"prevalence":null,"target":"is_fraud"},'
-    '"train":{"deadline":600.0,"expected_batch":1000.0,"local_steps":1,"lr":1.0,"optimizer":"adam",'
-    '"rounds":200,"sample_rate":0.05,"spare_rounds":null,"strategy":"lockstep"}'
+    '"train":{"beta_1":null,"beta_2":null,"deadline":600.0,"expected_batch":1000.0,"local_steps":1,"lr":1.0,'
+    '"optimizer":"adam","proximal_mu":null,"rounds":200,"sample_rate":0.05,"server_lr":null,'
+    '"server_momentum":null,"spare_rounds":null,"strategy":"lockstep","tau":null}'
     "}"
 )
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
-from lepton_fl.errors import PolicyRefused, TooFewSites
+from lepton_fl.errors import PolicyRefused, ProtocolError, TooFewSites
 from lepton_fl.federation import Federation
+from lepton_fl.federation.checkpoint import Checkpoint
 from lepton_fl.federation.grids import CohortGrid
 from lepton_fl.messages import (
     EVALUATE,
@@ -395,3 +396,20 @@ def test_a_quorum_above_the_cohort_ends_before_anything_is_charged(make_federati
         federation.run(make_grid())
 
     assert federation.started == 0
+
+
+def test_an_aggregate_that_is_not_finite_does_not_become_a_model(
+    make_federation, make_study, make_grid, tmp_path
+):
+    """Finite updates may add up to what float32 cannot hold; the model before stays, on disk too."""
+    huge = {"w": np.full((1, 2), 3e38, np.float32), "b": np.zeros(1, np.float32)}
+    sites = {name: lambda message: update_reply(message, huge) for name in "abc"}
+    study, path = make_study(train={"lr": 1.0}), tmp_path / "checkpoint"
+    federation = make_federation(study=study, model=dict(huge), checkpoint=path)
+
+    with pytest.raises(ProtocolError, match=r"round 1: the aggregate is no model: .* not finite"):
+        federation.run(make_grid(**sites))
+
+    kept = Checkpoint.read(path, study_id=study.id)
+    assert kept.done == 0
+    assert model_hash(kept.model) == model_hash(federation.model) == model_hash(huge)

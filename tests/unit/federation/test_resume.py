@@ -79,9 +79,17 @@ def test_a_number_that_went_out_is_gone(make_federation, grid, altered, adam, nu
     assert numbers == [1, 2, 3, 4]
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(make_federation, grid, adam, seen, tmp_path):
-    """Killed between two rounds: Adam's moments included, the same bits."""
-    whole = make_federation(study=adam, observer=None)
+@pytest.mark.parametrize("stopped", [1, 2])
+@pytest.mark.parametrize(
+    "name", ["lockstep", "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
+)
+def test_a_resumed_run_ends_where_an_unbroken_one_does(
+    make_federation, make_study, grid, seen, tmp_path, name, stopped
+):
+    """Killed between two rounds: the state of every strategy included, the same bits."""
+    mu = {"proximal_mu": 0.1} if name == "fedprox" else {}
+    study = make_study(train={"strategy": name, "optimizer": "adam", **mu})
+    whole = make_federation(study=study, observer=None)
     whole.run(grid)
 
     class Killer:
@@ -89,17 +97,32 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(make_federation, grid, ad
             pass
 
         def round_done(self, report, _):
-            if report.number == 2:
+            if report.number == stopped:
                 raise KeyboardInterrupt
 
     path = tmp_path / "checkpoint"
     with pytest.raises(KeyboardInterrupt):
-        make_federation(study=adam, observer=Killer(), checkpoint=path).run(grid)
-    resumed = Federation.resume(path, study=adam, observer=seen)
+        make_federation(study=study, observer=Killer(), checkpoint=path).run(grid)
+    resumed = Federation.resume(path, study=study, observer=seen)
     resumed.run(grid)
 
-    assert [r.number for r in seen.rounds] == [3]
+    assert [r.number for r in seen.rounds] == list(range(stopped + 1, 4))
     assert model_hash(resumed.model) == model_hash(whole.model)
+
+
+def test_a_round_lost_in_between_is_no_step_of_the_optimizer(
+    make_federation, make_study, grid, altered, numbers
+):
+    """FedAdam corrects its bias by the aggregations so far, not by the round's number."""
+    study = make_study(train={"strategy": "fedadam", "spare_rounds": 1})
+    whole, holed = (make_federation(study=study, observer=None) for _ in range(2))
+    whole.run(grid)
+    del numbers[:]
+
+    holed.run(altered(grid, lambda replies: [] if numbers[-1:] == [2] else replies))
+
+    assert numbers == [1, 2, 3, 4]
+    assert model_hash(holed.model) == model_hash(whole.model)
 
 
 def test_a_resumed_run_is_the_same_run(make_federation, grid, adam, tmp_path):

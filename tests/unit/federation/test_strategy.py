@@ -6,12 +6,43 @@ import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from lepton_fl.federation.grids import CohortGrid
-from lepton_fl.federation.strategy import Lockstep, StatelessFedAvg, expect, strategy_of
+from lepton_fl.federation.strategy import (
+    Lockstep,
+    ResumableFedAdagrad,
+    ResumableFedAdam,
+    ResumableFedAvgM,
+    ResumableFedYogi,
+    StatelessFedAvg,
+    expect,
+    strategy_of,
+)
 from lepton_fl.messages import METRICS, WEIGHT, from_record, to_record
 from lepton_fl.simulation import InProcessGrid
 
 NODES = [11, 12, 13]
 START = {"w": np.array([[0.5, -1.0, 2.0]]), "b": np.array([0.1])}
+
+
+KINDS = {
+    "lockstep": Lockstep,
+    "fedavg": StatelessFedAvg,
+    "fedprox": StatelessFedAvg,
+    "fedavgm": ResumableFedAvgM,
+    "fedadam": ResumableFedAdam,
+    "fedyogi": ResumableFedYogi,
+    "fedadagrad": ResumableFedAdagrad,
+}
+
+
+@pytest.fixture
+def make_strategy(make_study):
+    """A study's strategy, keys of its [train] changed."""
+
+    def make(name, **train):
+        mu = {"proximal_mu": 0.1} if name == "fedprox" else {}
+        return strategy_of(make_study(train={"strategy": name, "lr": 0.1, **mu, **train}))
+
+    return make
 
 
 def gradients(steps):
@@ -48,35 +79,102 @@ def torch_run(kind, lr, steps):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
-def test_lockstep_is_torchs_optimizer(name, kind):
+def test_lockstep_is_torchs_optimizer(make_strategy, name, kind):
     """Over twenty steps on the mean gradient, to 1e-6."""
     steps = gradients(20)
 
-    found = run(Lockstep(optimizer=name, lr=0.1), START, steps)
+    found = run(make_strategy("lockstep", optimizer=name), START, steps)
 
     expected = torch_run(kind, 0.1, steps)
     for key in START:
         np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_a_restored_lockstep_goes_on_identically(name):
-    """Seven steps, a new process, five more: the same bits as twelve."""
+def fedavgm(_, u, s):
+    """Hsu et al. 2019, section 4.3: v = 0.9 v + gradient, w = w - lr v."""
+    s["v"] = 0.9 * s.get("v", 0) - u
+    return -0.5 * s["v"]
+
+
+def fedadam(t, u, s):
+    """Reddi et al. 2021, algorithm 2, with Adam's bias correction as Flower counts it."""
+    s["m"] = 0.9 * s.get("m", 0) + 0.1 * u
+    s["v"] = 0.99 * s.get("v", 0) + 0.01 * u**2
+    rate = 0.5 * np.sqrt(1 - 0.99 ** (t + 1)) / (1 - 0.9 ** (t + 1))
+    return rate * s["m"] / (np.sqrt(s["v"]) + 1e-3)
+
+
+def fedyogi(_, u, s):
+    """Reddi et al. 2021, algorithm 2."""
+    v = s.get("v", np.zeros_like(u))
+    s["m"] = 0.9 * s.get("m", 0) + 0.1 * u
+    s["v"] = v - 0.01 * u**2 * np.sign(v - u**2)
+    return 0.5 * s["m"] / (np.sqrt(s["v"]) + 1e-3)
+
+
+def fedadagrad(_, u, s):
+    """Reddi et al. 2021, algorithm 2, with beta_1 = 0 as in Flower."""
+    s["v"] = s.get("v", 0) + u**2
+    return 0.5 * u / (np.sqrt(s["v"]) + 1e-3)
+
+
+@pytest.mark.parametrize("step", [fedavgm, fedadam, fedyogi, fedadagrad], ids=lambda step: step.__name__)
+def test_a_strategy_is_its_papers(make_strategy, step):
+    """Over twenty aggregations, at the paper's constants and server_lr 0.5."""
+    steps = gradients(20)
+
+    found = run(make_strategy(step.__name__, server_lr=0.5), START, steps)
+
+    for name, array in START.items():
+        model, state = array, {}
+        for t, sites in enumerate(steps, start=1):
+            model = model + step(t, -np.mean([gradient[name] for gradient in sites], axis=0), state)
+        np.testing.assert_allclose(found[name], model, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox"])
+def test_an_average_is_the_mean_of_the_deltas(make_strategy, name):
+    """Added to the model that was sent; the proximal term is the sites' own affair."""
+    (sites,) = gradients(1)
+
+    found = run(make_strategy(name), START, [sites])
+
+    for key, array in START.items():
+        delta = np.mean([-gradient[key] for gradient in sites], axis=0)
+        np.testing.assert_allclose(found[key], array + delta, rtol=1e-12)
+
+
+def test_without_momentum_at_rate_one_fedavgm_is_fedavg(make_strategy):
+    """As in Flower, which leaves its optimizer out then."""
+    steps = gradients(5)
+
+    found = run(make_strategy("fedavgm", server_momentum=0.0), START, steps)
+
+    expected = run(make_strategy("fedavg"), START, steps)
+    for key in START:
+        np.testing.assert_allclose(found[key], expected[key], rtol=1e-12)
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 7, 11])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_restored_strategy_goes_on_identically(make_strategy, name, stopped):
+    """So many steps, a new process, the rest: the same bits as twelve at one go. Adam for lockstep."""
     steps = gradients(12)
-    before = Lockstep(optimizer=name, lr=0.1)
-    half = run(before, START, steps[:7])
-    after = Lockstep(optimizer=name, lr=0.1)
+    before = make_strategy(name, optimizer="adam")
+    half = run(before, START, steps[:stopped])
+    after = make_strategy(name, optimizer="adam")
     after.restore(before.state())
 
-    found = run(after, half, steps[7:], first=8)
+    found = run(after, half, steps[stopped:], first=stopped + 1)
 
-    expected = run(Lockstep(optimizer=name, lr=0.1), START, steps)
+    expected = run(make_strategy(name, optimizer="adam"), START, steps)
     assert {n: a.tobytes() for n, a in found.items()} == {n: a.tobytes() for n, a in expected.items()}
 
 
-def test_a_state_is_not_changed_by_later_steps():
+@pytest.mark.parametrize("name", KINDS)
+def test_a_state_is_not_changed_by_later_steps(make_strategy, name):
     """It is what a checkpoint will hold."""
-    strategy = Lockstep(optimizer="adam", lr=0.1)
+    strategy = make_strategy(name, optimizer="adam")
     run(strategy, START, gradients(2))
     state = strategy.state()
     kept = {n: a.tobytes() for n, a in state.items()}
@@ -86,38 +184,33 @@ def test_a_state_is_not_changed_by_later_steps():
     assert {n: a.tobytes() for n, a in state.items()} == kept
 
 
-def test_fedavg_adds_the_mean_of_the_deltas():
-    """To the model that was sent."""
+@pytest.mark.parametrize("name", KINDS)
+def test_a_strategy_computes_in_float64(make_strategy, name):
+    """From a float32 model: its state does not lose what a round adds to it."""
+    strategy = make_strategy(name, optimizer="adam")
+    sent = {n: a.astype(np.float32) for n, a in START.items()}
     (sites,) = gradients(1)
 
-    found = run(StatelessFedAvg(), START, [sites])
+    found = run(strategy, sent, [sites])
 
-    for name, array in START.items():
-        delta = np.mean([-gradient[name] for gradient in sites], axis=0)
-        np.testing.assert_allclose(found[name], array + delta, rtol=1e-12)
+    assert {a.dtype for a in [*found.values(), *strategy.state().values()]} == {np.dtype(np.float64)}
 
 
-def test_fedavg_has_no_state():
-    """A resumed run needs the model only."""
-    strategy = StatelessFedAvg()
-
-    strategy.restore(strategy.state())
-
-    assert strategy.state() == {}
-
-
-@pytest.mark.parametrize(("name", "kind"), [("lockstep", Lockstep), ("fedavg", StatelessFedAvg)])
-def test_a_study_names_its_strategy(make_study, name, kind):
+@pytest.mark.parametrize("name", KINDS)
+def test_a_study_names_its_strategy(make_strategy, name):
     """And no other is taken for it."""
-    assert type(strategy_of(make_study(train={"strategy": name}))) is kind
+    assert type(make_strategy(name)) is KINDS[name]
 
 
-def test_a_strategy_asks_the_cohort_and_nobody_else():
+@pytest.mark.parametrize("name", KINDS)
+def test_a_strategy_asks_the_cohort_and_nobody_else(make_strategy, name):
     """Flower would sample from whatever is connected."""
-    strategy = StatelessFedAvg()
+    strategy = make_strategy(name)
     expect(strategy, len(NODES))
     grid = CohortGrid(InProcessGrid({}), NODES)
 
-    asked = strategy.configure_train(1, to_record(START), ConfigRecord(), grid)
+    asked = list(strategy.configure_train(1, to_record(START), ConfigRecord(), grid))
 
     assert sorted(message.metadata.dst_node_id for message in asked) == NODES
+    # Nothing of the strategy's own: a site reads the study.
+    assert {tuple(message.content.config_records["config"]) for message in asked} == {("server-round",)}

@@ -156,6 +156,22 @@ def test_an_interrupted_run_is_completed_by_resuming(heart_plan, tmp_path, after
     assert charged(plan.out / "sites", "cleveland") == [1, 2, 3]
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_a_run_of_any_strategy_is_completed_by_resuming(heart_plan, tmp_path, strategy):
+    """Private training at the sites included: the model of a run that was not interrupted."""
+    changes = {"privacy.noise": "local", "train.strategy": strategy, "train.local_steps": 2}
+    if strategy == "fedprox":
+        changes["train.proximal_mu"] = 0.1
+    study = override(heart_plan().study, changes)
+    whole = simulate(heart_plan(study=study, out=tmp_path / "whole"))
+    simulate(heart_plan(study=study), Interrupting(after=2))
+
+    results = simulate(heart_plan(study=study, resume=True))
+
+    assert [r.round for r in results.rounds] == [1, 2, 3]
+    assert results.model.sha256 == whole.model.sha256
+
+
 def test_nothing_to_resume_is_refused(heart_plan):
     """There is no checkpoint."""
     with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):

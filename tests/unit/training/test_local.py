@@ -1,5 +1,7 @@
 """A round of local training: who is sampled, what runs on nothing, and what it says of itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from lepton_fl.errors import ConfigError, ProtocolError
 from lepton_fl.privacy import Gaussian, Guarantee
-from lepton_fl.tasks import arrays_of
+from lepton_fl.tasks import arrays_of, load_arrays
 from lepton_fl.tasks.task import BINARY
 from lepton_fl.training import LocalPlan, LocalUpdate, SimulationNoise, train_locally
 from lepton_fl.training.local import NO_CLIP
@@ -327,3 +329,74 @@ def test_noise_that_is_not_the_sites_to_add_is_not_asked_of_it():
 
     assert update.is_within(CHARGED, clip=0.5, local_noise=False)
     assert not update.is_within(CHARGED, clip=0.4, local_noise=False)
+
+
+# --- the proximal term ---
+
+
+def stepped(model, records, plan, train, mu):
+    """Parameters after `plan.steps` single steps, the pull towards the first added by hand."""
+    start = now = arrays_of(model)
+    for _ in range(plan.steps):
+        delta = train(model, records, replace(plan, steps=1)).delta
+        now = {n: a + delta[n] - np.float32(plan.lr * mu) * (a - start[n]) for n, a in now.items()}
+        load_arrays(model, now)
+    return now
+
+
+@pytest.mark.parametrize("at_once", [2, 2048])
+def test_the_pull_is_the_gradient_of_the_proximal_term(
+    make_model, make_records, plan, train, monkeypatch, at_once
+):
+    """mu (w - received) at each step, once, however many batches the step is cut into."""
+    monkeypatch.setattr("lepton_fl.training.local.MICRO_BATCH_UNITS", at_once)
+    records, steps = make_records([1] * 5), plan(steps=4, lr=0.5)
+    model = make_model(4, [3])
+    start = arrays_of(model)
+
+    update = train(model, records, replace(steps, proximal_mu=0.8))
+
+    load_arrays(model, start)
+    expected = stepped(model, records, steps, train, 0.8)
+    for name, delta in update.delta.items():
+        np.testing.assert_allclose(start[name] + delta, expected[name], rtol=0, atol=1e-6)
+
+
+def test_the_pull_is_outside_of_clip_and_noise(make_model, make_records, plan, train):
+    """The noise is what it is without, though the pull is far beyond the clip: post-processing."""
+    mu, noisy = 1.5, plan(noise_multiplier=100.0, sample_rate=1e-12, lr=0.5)
+
+    def moved(steps, mu=0.0):
+        update = train(make_model(), make_records([1] * 5), replace(noisy, steps=steps, proximal_mu=mu))
+        return update.delta["0.weight"].astype(np.float64)
+
+    # The same stream of noise in each run: the third step's alone is the difference of three and two.
+    noise = [moved(1), moved(2) - moved(1), moved(3) - moved(2)]
+
+    pulled = np.zeros_like(noise[0])
+    for step in noise:
+        pulled = pulled - noisy.lr * mu * pulled + step
+    np.testing.assert_allclose(moved(3, mu), pulled, rtol=0, atol=1e-4)
+    assert np.linalg.norm(mu * moved(2, mu)) > noisy.clip
+
+
+def test_a_pulled_round_states_the_same_mechanism(make_model, make_records, plan, train):
+    """It is charged as one without."""
+    steps = plan(noise_multiplier=1.5, sample_rate=0.5, steps=2)
+
+    with_pull, without = (
+        train(make_model(), make_records([1] * 5), replace(steps, proximal_mu=mu)) for mu in (0.5, 0.0)
+    )
+
+    assert replace(with_pull, delta={}) == replace(without, delta={})
+
+
+def test_the_pull_is_the_studys(make_study):
+    """From the bytes that the site pinned, for fedprox alone."""
+    prox = make_study(train={"strategy": "fedprox", "proximal_mu": 0.25, "local_steps": 3})
+    plain = make_study(train={"strategy": "fedavg", "local_steps": 3})
+
+    found = [LocalPlan.of(study, Guarantee.of(study)) for study in (prox, plain)]
+
+    assert found == [replace(found[1], proximal_mu=0.25), found[1]]
+    assert found[1].proximal_mu == 0.0
