@@ -177,6 +177,10 @@ class Train(Strict):
     """Added to the root of that mean: the larger, the less adaptive."""
     proximal_mu: Annotated[float, Field(gt=0, le=100)] | None = None
     """How strongly a site's local steps are pulled back towards the model it received."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the server's rate falls over `rounds`: `lr` of lockstep, else `server_lr`."""
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    """Rounds over which the server's rate rises to its full height first."""
     spare_rounds: Annotated[int, Field(ge=0)] | None = None
     """Rounds the noise also covers, for those lost to a crash; 5 % of `rounds` by default."""
     deadline: Annotated[float, Field(gt=0, le=604_800)] = 600.0
@@ -215,6 +219,20 @@ class Train(Strict):
                 raise ValueError(
                     f"{key} = {value:g}: strategy = {self.strategy!r} does not read it; allowed for {readers}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_is_of_a_rate(self) -> Train:
+        if self.warmup_rounds >= self.rounds:
+            raise ValueError(
+                f"warmup_rounds = {self.warmup_rounds}: must be fewer than the {self.rounds} rounds"
+            )
+        scheduled = self.lr_schedule != "constant" or self.warmup_rounds > 0
+        if scheduled and self.strategy != "lockstep" and self.server_lr is None:
+            raise ValueError(
+                f"lr_schedule = {self.lr_schedule!r}, warmup_rounds = {self.warmup_rounds}: the server has "
+                f"no rate of its own under strategy = {self.strategy!r}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,9 @@ compute in float64; the round loop makes the model float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,7 +19,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYog
 from flwr.serverapp.strategy.fedopt import FedOpt
 
 from lepton_fl.messages import from_record, to_record
-from lepton_fl.study import STRATEGY_KEYS, Study
+from lepton_fl.study import STRATEGY_KEYS, Study, Train
 from lepton_fl.tasks.arrays import Arrays
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
@@ -199,13 +201,33 @@ def strategy_of(study: Study) -> Strategy:
     """The study's strategy."""
     train = study.train
     if train.strategy == "lockstep":
-        return Lockstep(optimizer=train.optimizer, rate=lambda _: train.lr)
+        return Lockstep(optimizer=train.optimizer, rate=partial(rate_at, train, train.lr))
     if train.strategy not in _STEPPING:
         return StatelessFedAvg()
     # All are there: a study is refused without what its strategy reads.
     constants = {key: float(getattr(train, key)) for key in STRATEGY_KEYS[train.strategy]}
     server_lr = constants.pop("server_lr")
-    return _STEPPING[train.strategy](rate=lambda _: server_lr, **constants)
+    return _STEPPING[train.strategy](rate=partial(rate_at, train, server_lr), **constants)
+
+
+def rate_at(train: Train, full: float, number: int) -> float:
+    """The server's learning rate in aggregation `number` = 1, 2, ..., rounds, by the study's schedule.
+
+    After n of w warm-up rounds it is (n + 1) / (w + 1) of `full`; then it falls from `full` by a line, or by
+    half a wave of the cosine (Loshchilov and Hutter 2017, eq. 5), to reach 0 one round after the last. It
+    depends on what was aggregated and on nothing else, so neither a lost round nor a new process shifts it.
+    """
+    before, warmup = number - 1, train.warmup_rounds
+    if before < warmup:
+        return full * (before + 1) / (warmup + 1)
+    gone = (before - warmup) / (train.rounds - warmup)
+    match train.lr_schedule:
+        case "constant":
+            return full
+        case "linear":
+            return full * (1 - gone)
+        case "cosine":
+            return full * (1 + math.cos(math.pi * gone)) / 2
 
 
 def expect(strategy: Strategy, sites: int) -> None:

@@ -38,13 +38,20 @@ CONSTANTS = {
     "tau": REAL(min_value=1e-10, max_value=1),
     "proximal_mu": REAL(min_value=1e-3, max_value=100),
 }
+SCHEDULE = {
+    "lr_schedule": st.sampled_from(["constant", "cosine", "linear"]),
+    "warmup_rounds": st.integers(0, 8),
+}
 STRATEGY = st.sampled_from(sorted(STRATEGY_KEYS)).flatmap(
     lambda name: st.fixed_dictionaries(
         {
             "strategy": st.just(name),
             **{key: CONSTANTS[key] for key, usual in STRATEGY_KEYS[name].items() if usual is None},
         },
-        optional={key: CONSTANTS[key] for key, usual in STRATEGY_KEYS[name].items() if usual is not None},
+        optional={
+            **{key: CONSTANTS[key] for key, usual in STRATEGY_KEYS[name].items() if usual is not None},
+            **(SCHEDULE if name == "lockstep" or "server_lr" in STRATEGY_KEYS[name] else {}),
+        },
     )
 )
 COLUMN = st.one_of(

@@ -62,6 +62,8 @@ CHANGES = {
     "train.beta_2": {"train.strategy": "fedyogi", "train.beta_2": 0.8},
     "train.tau": {"train.strategy": "fedadagrad", "train.tau": 0.01},
     "train.proximal_mu": {"train.strategy": "fedprox", "train.proximal_mu": 0.1},
+    "train.lr_schedule": {"train.lr_schedule": "cosine"},
+    "train.warmup_rounds": {"train.warmup_rounds": 1},
     "train.spare_rounds": {"train.spare_rounds": 1},
     "train.deadline": {"train.deadline": 601.0},
     "model.name": {"model.name": "mlp"},
@@ -380,6 +382,22 @@ def test_a_strategys_default_spelt_out_is_the_same_study(make_study, strategy, k
 def test_a_constant_out_of_bounds_is_refused(make_study, strategy, key, value):
     """Where the step would have no meaning, or no end."""
     assert f"train.{key}: found {value}" in refused(make_study, train={"strategy": strategy, key: value})
+
+
+@pytest.mark.parametrize("strategy", [{"strategy": "fedavg"}, {"strategy": "fedprox", "proximal_mu": 1.0}])
+@pytest.mark.parametrize("schedule", [{"lr_schedule": "cosine"}, {"warmup_rounds": 1}])
+def test_a_schedule_of_no_rate_is_refused(make_study, strategy, schedule):
+    """An average takes no step of its own."""
+    said = refused(make_study, train={**strategy, **schedule})
+
+    assert f"no rate of its own under strategy = '{strategy['strategy']}'" in said
+
+
+def test_a_warm_up_ends_before_the_run(make_study):
+    """Else the rate that was agreed on is never reached."""
+    said = refused(make_study, train={"warmup_rounds": 20})
+
+    assert "warmup_rounds = 20: must be fewer than the 20 rounds" in said
 
 
 def test_fewer_survivors_than_sites_are_refused(make_study):

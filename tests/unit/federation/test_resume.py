@@ -87,8 +87,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     make_federation, make_study, grid, seen, tmp_path, name, stopped
 ):
     """Killed between two rounds: the state of every strategy included, the same bits."""
-    mu = {"proximal_mu": 0.1} if name == "fedprox" else {}
-    study = make_study(train={"strategy": name, "optimizer": "adam", **mu})
+    more = {"fedprox": {"proximal_mu": 0.1}, "fedavg": {}}.get(name, {"lr_schedule": "cosine"})
+    study = make_study(train={"strategy": name, "optimizer": "adam", **more})
     whole = make_federation(study=study, observer=None)
     whole.run(grid)
 
@@ -113,8 +113,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
 def test_a_round_lost_in_between_is_no_step_of_the_optimizer(
     make_federation, make_study, grid, altered, numbers
 ):
-    """FedAdam corrects its bias by the aggregations so far, not by the round's number."""
-    study = make_study(train={"strategy": "fedadam", "spare_rounds": 1})
+    """Bias correction and schedule go by the aggregations so far, not by the round's number."""
+    study = make_study(train={"strategy": "fedadam", "spare_rounds": 1, "lr_schedule": "linear"})
     whole, holed = (make_federation(study=study, observer=None) for _ in range(2))
     whole.run(grid)
     del numbers[:]

@@ -14,6 +14,7 @@ from lepton_fl.federation.strategy import (
     ResumableFedYogi,
     StatelessFedAvg,
     expect,
+    rate_at,
     strategy_of,
 )
 from lepton_fl.messages import METRICS, WEIGHT, from_record, to_record
@@ -214,3 +215,72 @@ def test_a_strategy_asks_the_cohort_and_nobody_else(make_strategy, name):
     assert sorted(message.metadata.dst_node_id for message in asked) == NODES
     # Nothing of the strategy's own: a site reads the study.
     assert {tuple(message.content.config_records["config"]) for message in asked} == {("server-round",)}
+
+
+# --- schedules ---
+
+
+def rates(train):
+    return [rate_at(train, train.lr, number) for number in range(1, train.rounds + 1)]
+
+
+HALF = 0.5 + np.sqrt(0.5) / 2
+SCHEDULES = {
+    "constant": ({}, [1, 1, 1, 1]),
+    "linear": ({"lr_schedule": "linear"}, [1, 3 / 4, 2 / 4, 1 / 4]),
+    "cosine": ({"lr_schedule": "cosine"}, [1, HALF, 0.5, 1 - HALF]),
+    "warm-up": ({"warmup_rounds": 3}, [1 / 4, 2 / 4, 3 / 4, 1]),
+    "warm-up, then linear": (
+        {"rounds": 6, "warmup_rounds": 2, "lr_schedule": "linear"},
+        [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4],
+    ),
+    "warm-up, then cosine": (
+        {"rounds": 5, "warmup_rounds": 1, "lr_schedule": "cosine"},
+        [1 / 2, 1, HALF, 0.5, 1 - HALF],
+    ),
+    "one round": ({"rounds": 1, "lr_schedule": "cosine"}, [1]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_is_its_closed_form(make_study, name):
+    """Of a rate of 0.5, over four rounds where not said otherwise; it never reaches zero."""
+    changes, shares = SCHEDULES[name]
+
+    found = rates(make_study(train={"rounds": 4, **changes}).train)
+
+    np.testing.assert_allclose(found, [0.5 * share for share in shares], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_the_servers_rate_is_scheduled(make_strategy, name):
+    """One step at a quarter of the rate is a quarter of the step."""
+    (sites,) = gradients(1)
+
+    whole = run(make_strategy(name), START, [sites])
+    part = run(make_strategy(name, rounds=4, warmup_rounds=3), START, [sites])
+
+    for key, array in START.items():
+        np.testing.assert_allclose(part[key] - array, (whole[key] - array) / 4, rtol=1e-9)
+
+
+def test_a_lockstep_rate_is_scheduled(make_strategy):
+    """lr itself, which is the server's there: two steps of SGD on a line."""
+    steps = gradients(2)
+
+    found = run(make_strategy("lockstep", rounds=2, optimizer="sgd", lr_schedule="linear"), START, steps)
+
+    for key, array in START.items():
+        first, second = (np.mean([gradient[key] for gradient in sites], axis=0) for sites in steps)
+        np.testing.assert_allclose(found[key], array - 0.1 * first - 0.05 * second, rtol=1e-12)
+
+
+def test_a_schedule_wakes_an_optimizer_that_flower_would_leave_out(make_strategy):
+    """FedAvgM at rate 1 without momentum is an average to Flower; half of it is not."""
+    (sites,) = gradients(1)
+
+    found = run(make_strategy("fedavgm", server_momentum=0.0, warmup_rounds=1), START, [sites])
+
+    for key, array in START.items():
+        mean = np.mean([gradient[key] for gradient in sites], axis=0)
+        np.testing.assert_allclose(found[key], array - mean / 2, rtol=1e-12)
