@@ -145,6 +145,8 @@ class Results(Strict):
     model: ModelFile | None
     promise: Promise
     rounds_planned: int
+    stopped_early: str | None = None
+    """By which rule the run, completed, ended before the planned rounds; the last of `rounds` says where."""
     rounds: tuple[RoundSummary, ...]
     sites: tuple[SiteSummary, ...]
     arms: tuple[Arm, ...]

@@ -128,6 +128,38 @@ class SecureAggregation(Strict):
         return self
 
 
+class EarlyStopping(Strict):
+    """When to end a run before its last round: a rule on what is public, or was released and charged already.
+
+    Never on a site's held-out records. The noise stays calibrated for all rounds; those that are not run are
+    not charged.
+    """
+
+    signal: Literal["public", "updates"]
+    """public: the study's metric on a public table at the server. updates: the length of their mean."""
+    patience: Annotated[int, Field(ge=1)]
+    """Rounds without a rise of the metric; rounds whose updates are averaged."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)]
+    """A rise of the metric that does not count; the share of the largest mean update below which to stop."""
+    min_rounds: Annotated[int, Field(ge=1)] = 1
+    """Aggregated rounds before which the run does not stop."""
+
+    @model_validator(mode="after")
+    def _updates_never_vanish(self) -> EarlyStopping:
+        if self.signal == "updates" and self.tolerance == 0:
+            raise ValueError(
+                "tolerance = 0: no mean update is shorter than that; signal = 'updates' needs more"
+            )
+        return self
+
+    @property
+    def earliest(self) -> int:
+        """Rounds after which it can stop at the earliest: there must be something to compare with."""
+        if self.signal == "public":
+            return max(self.min_rounds, self.patience + 1)
+        return self.patience * max(2, math.ceil(self.min_rounds / self.patience))
+
+
 _ADAPTIVE = {"beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3}
 STRATEGY_KEYS: dict[str, dict[str, float | None]] = {
     "lockstep": {},
@@ -181,6 +213,7 @@ class Train(Strict):
     """How the server's rate falls over `rounds`: `lr` of lockstep, else `server_lr`."""
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
     """Rounds over which the server's rate rises to its full height first."""
+    early_stopping: EarlyStopping | None = None
     spare_rounds: Annotated[int, Field(ge=0)] | None = None
     """Rounds the noise also covers, for those lost to a crash; 5 % of `rounds` by default."""
     deadline: Annotated[float, Field(gt=0, le=604_800)] = 600.0
@@ -232,6 +265,16 @@ class Train(Strict):
             raise ValueError(
                 f"lr_schedule = {self.lr_schedule!r}, warmup_rounds = {self.warmup_rounds}: the server has "
                 f"no rate of its own under strategy = {self.strategy!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stops_before_the_end(self) -> Train:
+        rule = self.early_stopping
+        if rule is not None and rule.earliest >= self.rounds:
+            raise ValueError(
+                f"early_stopping: stops after round {rule.earliest} at the earliest, and there are "
+                f"{self.rounds} rounds"
             )
         return self
 

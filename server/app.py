@@ -1,7 +1,8 @@
 """The Flower ServerApp of this deployment folder.
 
 `[tool.flwr.app.components] serverapp = "server.app:app"` of a Flower app points here. The run config names
-the study and where to keep the checkpoint: `study = "study.toml"`, `out = "run"`.
+the study and where to keep the checkpoint: `study = "study.toml"`, `out = "run"`; and, for early stopping on
+a public signal, a CSV file of public records: `public = "public.csv"`.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from lepton_fl.data import Contract
-from lepton_fl.federation import Federation
+from lepton_fl.federation import Federation, PublicTable
 from lepton_fl.files import write_atomic
 from lepton_fl.study import load_study
 from lepton_fl.tasks import arrays_of, build_model
@@ -27,4 +28,10 @@ def main(grid: Grid, context: Context) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model = build_model(study, Contract.of(study).width, torch.Generator())
     write_atomic(out / "study.canonical", study.canonical)
-    Federation(study=study, model=arrays_of(model), checkpoint=out / "checkpoint.safetensors").run(grid)
+    public = context.run_config.get("public")
+    Federation(
+        study=study,
+        model=arrays_of(model),
+        checkpoint=out / "checkpoint.safetensors",
+        public=None if public is None else PublicTable(Path(str(public)), study),
+    ).run(grid)

@@ -258,6 +258,12 @@ def simulate(
     engine: Annotated[  # noqa: ARG001 - one engine so far; the flag is part of the contract with scripts
         Engine, typer.Option(help="How the sites are run.")
     ] = Engine.process,
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file of public records, for early stopping on a public signal; no site's own."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/STUDY-N).")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT's checkpoint, with the next round.")
@@ -281,11 +287,13 @@ def simulate(
     folder = run_folder(out, study.study.name, resume=resume)
     how = split or ("natural" if sites is None else "iid")
     tables = read_tables(study, dataset_name=dataset, data=data, sites=sites, how=how, seed=seed)
+    from lepton_fl.federation import PublicTable
     from lepton_fl.simulation import Plan
 
     plan = Plan(
         study=study,
         tables=tables,
+        public=None if public is None else PublicTable(public, study),
         out=make_writable(folder),
         policies=policies,
         seeds=tuple(range(seed, seed + seeds)),

@@ -175,6 +175,8 @@ def describe(study: Study) -> dict[str, object]:
     guarantee = Guarantee.of(study)
     numbers = parameters(study)
     secure = study.secure_aggregation
+    stops = study.train.early_stopping
+    early = "" if stops is None else f", fewer if early stopping by {stops.signal} says so"
     seen = (
         f"only as a sum over at least {secure.min_sites} sites"
         if secure.enabled
@@ -185,7 +187,7 @@ def describe(study: Study) -> dict[str, object]:
         "id": study.id,
         "purpose": study.study.purpose or "not stated",
         "model": f"{study.model_name}, {numbers} numbers",
-        "training": f"{study.train.strategy}, {study.train.rounds} rounds, sample rate "
+        "training": f"{study.train.strategy}, {study.train.rounds} rounds{early}, sample rate "
         f"{study.train.sample_rate:g}",
         "leaves_the_site": f"Each round releases {numbers} numbers, {seen}.",
         "promise": guarantee.sentence(),

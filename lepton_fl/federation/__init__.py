@@ -3,5 +3,6 @@
 from lepton_fl.federation.app import server_app
 from lepton_fl.federation.grids import SummingGrid
 from lepton_fl.federation.loop import Federation, Observer
+from lepton_fl.federation.stopping import PublicTable, stopping_of
 
-__all__ = ["Federation", "Observer", "SummingGrid", "server_app"]
+__all__ = ["Federation", "Observer", "PublicTable", "SummingGrid", "server_app", "stopping_of"]

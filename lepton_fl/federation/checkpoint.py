@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -35,6 +35,9 @@ class Checkpoint:
     """Rounds aggregated."""
     model: Arrays
     strategy: Arrays
+    stopping: Arrays = field(default_factory=dict)
+    stopped_early: str = ""
+    """Why the run is over before its last round; empty where it is not."""
 
     def write(self, path: Path) -> None:
         """Replace the file at `path`; a crash leaves the old one or this one."""
@@ -45,10 +48,11 @@ class Checkpoint:
             "run": self.run,
             "started": str(self.started),
             "done": str(self.done),
+            "stopped_early": self.stopped_early,
             "names": json.dumps(list(self.model)),
         }
-        tensors = {f"model/{name}": array for name, array in self.model.items()}
-        tensors |= {f"strategy/{name}": array for name, array in self.strategy.items()}
+        parts = {"model": self.model, "strategy": self.strategy, "stopping": self.stopping}
+        tensors = {f"{part}/{name}": a for part, arrays in parts.items() for name, a in arrays.items()}
         write_atomic(path, save(tensors, metadata={**about, "sha256": _digest(about, tensors)}))
 
     @classmethod
@@ -77,7 +81,6 @@ class Checkpoint:
             )
         if about["context"] != context:
             raise ConfigError(f"{path}: found a checkpoint of {about['context']!r}, expected {context!r}")
-        prefix = "strategy/"
         return cls(
             study_id=study_id,
             context=context,
@@ -85,8 +88,14 @@ class Checkpoint:
             started=int(about["started"]),
             done=int(about["done"]),
             model={name: tensors[f"model/{name}"] for name in json.loads(about["names"])},
-            strategy={n.removeprefix(prefix): a for n, a in tensors.items() if n.startswith(prefix)},
+            strategy=_part(tensors, "strategy/"),
+            stopping=_part(tensors, "stopping/"),
+            stopped_early=about.get("stopped_early", ""),
         )
+
+
+def _part(tensors: Arrays, prefix: str) -> Arrays:
+    return {n.removeprefix(prefix): a for n, a in tensors.items() if n.startswith(prefix)}
 
 
 def _digest(about: dict[str, str], tensors: Arrays) -> str:

@@ -23,6 +23,7 @@ from lepton_fl.errors import PolicyRefused, ProtocolError, TooFewSites
 from lepton_fl.federation.checkpoint import Checkpoint
 from lepton_fl.federation.grids import CohortGrid, SummingGrid
 from lepton_fl.federation.rounds import Round
+from lepton_fl.federation.stopping import PublicTable, stopping_of
 from lepton_fl.federation.strategy import expect, strategy_of
 from lepton_fl.messages import (
     CONFIG,
@@ -93,7 +94,12 @@ class Federation:
     """Evaluation figures that sites released, by site."""
     context: str = ""
     """What else must be the same when a run is resumed; the simulator puts its seed here."""
+    public: PublicTable | None = None
+    """What early stopping on a public signal looks at; no site's records."""
+    stopped_early: str = ""
+    """Why the run ended before its last round, by the study's own rule; empty where it did not."""
     _strategy_state: Arrays = field(default_factory=dict)
+    _stopping_state: Arrays = field(default_factory=dict)
     _missed: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -105,6 +111,7 @@ class Federation:
         sites: Mapping[int, str] | None = None,
         observer: Observer | None = None,
         context: str = "",
+        public: PublicTable | None = None,
     ) -> Federation:
         """Go on from a checkpoint, with the round after the last one that was sent out.
 
@@ -119,19 +126,27 @@ class Federation:
             observer=observer,
             checkpoint=path,
             context=context,
+            public=public,
+            stopped_early=found.stopped_early,
             run_id=found.run,
             started=found.started,
             done=found.done,
             _strategy_state=found.strategy,
+            _stopping_state=found.stopping,
         )
 
     def run(self, grid: Grid) -> None:
-        """All rounds that are still to do; afterwards `model` is the result.
+        """All rounds still to do, unless the study's own rule stops it; afterwards `model` is the result.
 
         Raises:
+            ConfigError: a public table is missing for early stopping, or given for nothing.
             PolicyRefused, BudgetExhausted: too few sites may take part, because they refuse.
             TooFewSites: too few sites are there, or stay.
         """
+        # Before anybody is asked: what cannot end as agreed must not begin.
+        stopping = stopping_of(self.study, self.public)
+        if stopping is not None and self._stopping_state:
+            stopping.restore(self._stopping_state)
         identify(self.run_id, SERVER_NODE)
         cohort = self._gather(grid)
         if self.observer is not None:
@@ -139,7 +154,7 @@ class Federation:
         strategy = strategy_of(self.study)
         if self._strategy_state:
             strategy.restore(self._strategy_state)
-        while self.done < self.study.train.rounds:
+        while self.done < self.study.train.rounds and not self.stopped_early:
             self._check_enough(cohort)
             if self.started >= self.study.train.charged_rounds:
                 raise TooFewSites(
@@ -176,6 +191,10 @@ class Federation:
             self.model = _as_model(from_record(aggregate), self.model, number)
             self.done += 1
             self._strategy_state = strategy.state()
+            if stopping is not None and self.done < self.study.train.rounds:
+                updates = [delta for _, _, delta in current.accepted]
+                self.stopped_early = stopping.look(self.done, updates, self.model)
+                self._stopping_state = stopping.state()
             self._save()
             self._report(current, tuple(sorted(current.included)), before)
             cohort = self._still_in(cohort, current)
@@ -292,6 +311,8 @@ class Federation:
                 done=self.done,
                 model=self.model,
                 strategy=self._strategy_state,
+                stopping=self._stopping_state,
+                stopped_early=self.stopped_early,
             ).write(self.checkpoint)
 
     def _evaluate(self, grid: Grid, cohort: Mapping[int, str]) -> None:

@@ -18,7 +18,7 @@ from flwr.app import Context, RecordDict
 from lepton_fl.config import parse
 from lepton_fl.data import Table, split
 from lepton_fl.errors import DataError
-from lepton_fl.federation import Federation, Observer, server_app
+from lepton_fl.federation import Federation, Observer, PublicTable, server_app
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Guarantee, Ledger
 from lepton_fl.simulation.curator import CuratorGrid
@@ -151,6 +151,7 @@ def prepare(
     checkpoint: Path | None = None,
     resume: bool = False,
     observer: Observer | None = None,
+    public: PublicTable | None = None,
 ) -> Run:
     """Everything that one run needs, nothing started.
 
@@ -164,11 +165,13 @@ def prepare(
     # Another seed would hold out other records: those that these rounds have trained on.
     digest = hashlib.sha256("".join(sites[n].bench(study).fingerprint for n in sorted(sites)).encode())
     context = f"seed {seed}, sites {', '.join(sorted(sites))}, data {digest.hexdigest()[:16]}"
+    if public is not None:
+        context += f", public {public.fingerprint[:16]}"
     nodes = {FIRST_SITE_NODE + i: name for i, name in enumerate(sorted(sites))}
     grid = InProcessGrid({node: client_app(sites[name]) for node, name in nodes.items()})
     if resume and checkpoint is not None:
         federation = Federation.resume(
-            checkpoint, study=study, sites=nodes, observer=observer, context=context
+            checkpoint, study=study, sites=nodes, observer=observer, context=context, public=public
         )
     else:
         generator = SimulationNoise(seed, "server").torch("model")
@@ -180,6 +183,7 @@ def prepare(
             observer=observer,
             checkpoint=checkpoint,
             context=context,
+            public=public,
         )
     return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study), seed=seed)
 

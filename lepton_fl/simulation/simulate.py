@@ -21,6 +21,7 @@ from safetensors.numpy import save
 import lepton_fl
 from lepton_fl.data import Table
 from lepton_fl.errors import ConfigError, DataError, LeptonError, PolicyRefused, TooFewSites
+from lepton_fl.federation import PublicTable, stopping_of
 from lepton_fl.federation.loop import RoundReport
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import epsilon as composed_epsilon
@@ -99,6 +100,8 @@ class Plan:
     curve: tuple[float, ...] = ()
     """Epsilons at which to rehearse, for the utility curve."""
     resume: bool = False
+    public: PublicTable | None = None
+    """What the study's early stopping looks at; never a site's records."""
     command: str = ""
     bootstrap: int = RESAMPLES
 
@@ -114,13 +117,15 @@ def freeze(study: Study, tables: Mapping[str, Table]) -> Study:
     return override(study, {"train.expected_batch": float(f"{batch:.3g}")})
 
 
-def check(study: Study, splits: Splits) -> None:
-    """Refuse a study that these sites are too few or too small for.
+def check(study: Study, splits: Splits, public: PublicTable | None = None) -> None:
+    """Refuse a study that these sites are too few or too small for, or that lacks its public table.
 
     Raises:
         TooFewSites: fewer sites than the study's smallest cohort.
-        ConfigError: delta is not below one over the units of the smallest site.
+        ConfigError: delta is not below one over the units of the smallest site, or `public` is not what the
+            study's early stopping asks.
     """
+    stopping_of(study, public)
     least = study.needed(len(splits))
     if len(splits) < least:
         raise TooFewSites(
@@ -170,7 +175,13 @@ class _Simulation:
         self.study = freeze(self.plan.study, self.plan.tables)
         self.seed = self.plan.seeds[0]
         self.splits = split_sites(self.plan.tables, self.study, self.seed)
-        check(self.study, self.splits)
+        check(self.study, self.splits, self.plan.public)
+        for name, table in self.plan.tables.items():
+            if self.plan.public is not None and self.plan.public.fingerprint == table.fingerprint:
+                raise DataError(
+                    f"site {name}: its table is the public one: a run must not stop on the records it is "
+                    "judged by"
+                )
         width = next(iter(self.splits.values()))[0].x_NF.shape[1]
         self.scorer = Scorer(self.study, width)
         out = self.plan.out
@@ -191,6 +202,7 @@ class _Simulation:
             checkpoint=out / "checkpoint.safetensors",
             resume=self.plan.resume,
             observer=self,
+            public=self.plan.public,
         )
 
     def run(self) -> Results:
@@ -271,7 +283,7 @@ class _Simulation:
     def _rehearsal(self, study: Study, splits: Splits, seed: int) -> dict[str, Scored]:
         if study.id == self.study.id and seed == self.seed:
             return self.scored["federated"][0]
-        run = prepare(study, splits, seed)
+        run = prepare(study, splits, seed, public=self.plan.public)
         try:
             run.start()
             return self.scorer(run.federation.model, splits)
@@ -288,9 +300,10 @@ class _Simulation:
         self.display.joined(cohort, refused)
 
     def round_done(self, report: RoundReport, model: Arrays) -> None:
-        planned = self.study.train.rounds
+        planned, federation = self.study.train.rounds, self.main.federation
         stride = max(1, planned // LOOKS)
-        look = report.number % stride == 0 or self.main.federation.done == planned
+        last = federation.done == planned or federation.stopped_early
+        look = report.number % stride == 0 or last
         metric = epsilon = None
         # A round that was lost has no model of its own to look at.
         if look and report.sites:
@@ -331,6 +344,7 @@ class _Simulation:
             model=self._model_file() if federation.done else None,
             promise=self._promise(),
             rounds_planned=study.train.rounds,
+            stopped_early=federation.stopped_early or None,
             rounds=tuple(self.rounds),
             sites=tuple(self._site(name, best.get(name), gains.get(name)) for name in sorted(self.splits)),
             arms=arms,
@@ -398,7 +412,9 @@ class _Simulation:
         done, planned = self.main.federation.done, self.study.train.rounds
         if done == 0:
             return "No round was completed: there is no model."
-        start = "" if done == planned else f"Stopped after {done} of {planned} rounds. "
+        why = self.main.federation.stopped_early
+        early = f"Stopped early at round {done} of {planned}: {why}. "
+        start = early if why else "" if done == planned else f"Stopped after {done} of {planned} rounds. "
         by_name = {arm.arm: arm.mean for arm in arms}
         name = self.study.task.metric.upper()
         ours = by_name.get("federated")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -375,6 +376,33 @@ def test_fedavg_takes_local_steps(lepton, replaced):
     results = json.loads(ended.out)
     assert results["strategy"] == "fedavg"
     assert results["promise"]["steps"] == 4 * 4
+
+
+@pytest.fixture
+def stops_on_public(replaced):
+    """The study with a rule on a public table."""
+    return replaced(
+        "[model]", '[train.early_stopping]\nsignal = "public"\npatience = 1\ntolerance = 0.9\n\n[model]'
+    )
+
+
+def test_a_run_stops_early_on_a_public_table(lepton, stops_on_public, tmp_path):
+    """A completed run: exit code 0, and the verdict says where and why."""
+    heart = files("lepton_fl.data").joinpath("bundled/heart.csv").read_text().splitlines()
+    (tmp_path / "public.csv").write_text("\n".join([heart[0], *heart[1::5]]) + "\n")
+
+    ended = simulate(lepton, stops_on_public, "--compare", "federated", "--public", "public.csv")
+
+    assert ended.code == 0, ended.err
+    assert "Stopped early at round 2 of 3: auc on the public table has not risen by more than" in ended.out
+    assert "Stopped early at round 2 of 3" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_public_signal_without_its_table_is_refused(lepton, stops_on_public, tmp_path):
+    """What to add is said, and no folder is left."""
+    refused(simulate(lepton, stops_on_public), 3, "needs a public table", "--public FILE.csv")
+
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_study_without_privacy_says_so(lepton, replaced):

@@ -125,6 +125,20 @@ def test_the_deployment_folders_train_a_model(client_apps, tmp_path):
     assert rounds == [2, 2, 2]
 
 
+def test_the_server_stops_on_the_public_table_of_its_run_config(client_apps, tmp_path):
+    """After two rounds of five: a metric of at most 1 cannot rise by 0.9 twice."""
+    rule = '[train.early_stopping]\nsignal = "public"\npatience = 1\ntolerance = 0.9\n'
+    (tmp_path / "study.toml").write_text(STUDY.replace("rounds = 2", "rounds = 5") + rule)
+    (tmp_path / "public.csv").write_text("x,ill\n-0.5,0\n-0.25,0\n0.25,1\n0.5,1\n")
+    files = {"study": "study.toml", "out": "run", "public": "public.csv"}
+    config = {key: str(tmp_path / name) for key, name in files.items()}
+    context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+
+    load_app("server")(InProcessGrid(client_apps), context)
+
+    assert [len(app._site.ledger.history("records")) for app in client_apps.values()] == [2, 2, 2]
+
+
 def test_an_app_of_ours_answers_a_message_of_flowers(client_apps):
     """Called as a SuperNode calls it; what it does not know it refuses in a reply."""
     context = Context(run_id=0, node_id=101, node_config={}, state=RecordDict(), run_config={})

@@ -54,6 +54,14 @@ STRATEGY = st.sampled_from(sorted(STRATEGY_KEYS)).flatmap(
         },
     )
 )
+STOPPING = st.fixed_dictionaries(
+    {
+        "signal": st.sampled_from(["public", "updates"]),
+        "patience": st.integers(1, 4),
+        "tolerance": REAL(min_value=1e-3, max_value=0.99),
+    },
+    optional={"min_rounds": st.integers(1, 4)},
+)
 COLUMN = st.one_of(
     st.fixed_dictionaries(
         {"type": st.just("float"), "range": RANGE},
@@ -78,7 +86,11 @@ STUDY = st.fixed_dictionaries(
         "train": st.tuples(
             st.fixed_dictionaries(
                 {"rounds": st.integers(9, 900_000), "sample_rate": RATE, "lr": EPSILON},
-                optional={"expected_batch": BATCH, "spare_rounds": st.integers(0, 9)},
+                optional={
+                    "expected_batch": BATCH,
+                    "spare_rounds": st.integers(0, 9),
+                    "early_stopping": STOPPING,
+                },
             ),
             STRATEGY,
         ).map(lambda parts: {**parts[0], **parts[1]}),

@@ -24,6 +24,8 @@ from lepton_fl.study import (
 
 VECTOR = Path(__file__).parents[1] / "vectors" / "study.json"
 
+STOPPING = {"signal": "updates", "patience": 4, "tolerance": 0.25}
+
 # Each field of a study with a change that means something; companions that the change needs beside it.
 CHANGES = {
     "study.name": {"study.name": "lung"},
@@ -64,6 +66,10 @@ CHANGES = {
     "train.proximal_mu": {"train.strategy": "fedprox", "train.proximal_mu": 0.1},
     "train.lr_schedule": {"train.lr_schedule": "cosine"},
     "train.warmup_rounds": {"train.warmup_rounds": 1},
+    "train.early_stopping.signal": {"train.early_stopping": {**STOPPING, "signal": "public"}},
+    "train.early_stopping.patience": {"train.early_stopping": {**STOPPING, "patience": 3}},
+    "train.early_stopping.tolerance": {"train.early_stopping": {**STOPPING, "tolerance": 0.3}},
+    "train.early_stopping.min_rounds": {"train.early_stopping": {**STOPPING, "min_rounds": 9}},
     "train.spare_rounds": {"train.spare_rounds": 1},
     "train.deadline": {"train.deadline": 601.0},
     "model.name": {"model.name": "mlp"},
@@ -391,6 +397,34 @@ def test_a_schedule_of_no_rate_is_refused(make_study, strategy, schedule):
     said = refused(make_study, train={**strategy, **schedule})
 
     assert f"no rate of its own under strategy = '{strategy['strategy']}'" in said
+
+
+@pytest.mark.parametrize(
+    ("rule", "earliest"),
+    [
+        ({}, 8),
+        ({"min_rounds": 9}, 12),
+        ({"min_rounds": 20}, 20),
+        ({"signal": "public"}, 5),
+        ({"signal": "public", "min_rounds": 9}, 9),
+    ],
+    ids=str,
+)
+def test_a_rule_that_cannot_stop_the_run_is_refused(make_study, rule, earliest):
+    """The round is named that it would need; one round more, and it is a rule."""
+    early = {**STOPPING, **rule}
+
+    said = refused(make_study, train={"rounds": earliest, "early_stopping": early})
+
+    assert f"early_stopping: stops after round {earliest} at the earliest, and there are {earliest}" in said
+    assert make_study(train={"rounds": earliest + 1, "early_stopping": early}).train.early_stopping
+
+
+def test_updates_of_no_length_are_refused_as_a_rule(make_study):
+    """None is shorter than nothing."""
+    said = refused(make_study, train={"early_stopping": {**STOPPING, "tolerance": 0.0}})
+
+    assert "train.early_stopping: tolerance = 0" in said
 
 
 def test_a_warm_up_ends_before_the_run(make_study):

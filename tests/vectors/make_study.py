@@ -63,8 +63,8 @@ CANONICAL = (
     '"task":{"kind":"binary","metric":"auc",'
     '"operating_point":{"alerts_per_day":null,"cost_fn":null,"cost_fp":null,"fpr":0.01},'
     '"positive":1,"prevalence":null,"target":"is_fraud"},'
-    '"train":{"beta_1":null,"beta_2":null,"deadline":600.0,"expected_batch":1000.0,"local_steps":1,"lr":1.0,'
-    '"lr_schedule":"constant","optimizer":"adam","proximal_mu":null,"rounds":200,"sample_rate":0.05,"server_lr":null,'
+    '"train":{"beta_1":null,"beta_2":null,"deadline":600.0,"early_stopping":null,"expected_batch":1000.0,'
+    '"local_steps":1,"lr":1.0,"lr_schedule":"constant","optimizer":"adam","proximal_mu":null,"rounds":200,"sample_rate":0.05,"server_lr":null,'
     '"server_momentum":null,"spare_rounds":null,"strategy":"lockstep","tau":null,"warmup_rounds":0}'
     "}"
 )

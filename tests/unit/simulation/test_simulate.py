@@ -1,13 +1,15 @@
 """`simulate` charges one run, rehearses the rest, and leaves a whole result however it ends."""
 
 import tomllib
+from importlib.resources import files
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from lepton_fl.config import parse
-from lepton_fl.errors import BudgetExhausted, ConfigError, TooFewSites
+from lepton_fl.errors import BudgetExhausted, ConfigError, DataError, TooFewSites
+from lepton_fl.federation import PublicTable
 from lepton_fl.privacy import Ledger
 from lepton_fl.results import read_results
 from lepton_fl.simulation import freeze, simulate
@@ -170,6 +172,82 @@ def test_a_run_of_any_strategy_is_completed_by_resuming(heart_plan, tmp_path, st
 
     assert [r.round for r in results.rounds] == [1, 2, 3]
     assert results.model.sha256 == whole.model.sha256
+
+
+EARLY = {"signal": "updates", "patience": 1, "tolerance": 0.99}
+
+
+@pytest.fixture
+def public_file(tmp_path):
+    """Some patients of all four hospitals, declared public by being named."""
+    lines = files("lepton_fl.data").joinpath("bundled/heart.csv").read_text().splitlines()
+    path = tmp_path / "public.csv"
+    path.write_text("\n".join([lines[0], *lines[1::5]]) + "\n")
+    return path
+
+
+def test_a_run_that_stops_early_is_completed_and_costs_less(heart_plan, tmp_path):
+    """Rounds that were not run are not charged, and the promise is the one for all of them."""
+    whole = override(heart_plan().study, {"train.rounds": 8})
+    study = override(whole, {"train.early_stopping": EARLY})
+    plan = heart_plan(study=study)
+
+    all_of_it, early = simulate(heart_plan(study=whole, out=tmp_path / "whole")), simulate(plan)
+
+    done = len(early.rounds)
+    assert early.status == "completed"
+    assert 2 <= done < 8
+    assert early.verdict.startswith(f"Stopped early at round {done} of 8: {early.stopped_early}. Federated ")
+    assert early.rounds[-1].metric is not None
+    assert early.promise == all_of_it.promise
+    for stopped, ended in zip(early.sites, all_of_it.sites, strict=True):
+        assert charged(plan.out / "sites", stopped.site) == list(range(1, done + 1))
+        assert stopped.epsilon_spent < ended.epsilon_spent
+    assert all_of_it.stopped_early is None
+
+
+def test_a_run_that_stopped_early_is_not_resumed(heart_plan):
+    """It is completed: the rest of its rounds was not agreed on."""
+    study = override(heart_plan().study, {"train.rounds": 8, "train.early_stopping": EARLY})
+    simulate(heart_plan(study=study))
+
+    with pytest.raises(ConfigError, match="holds a completed run"):
+        simulate(heart_plan(study=study, resume=True))
+
+
+def test_a_run_stops_on_a_public_table(heart_plan, public_file):
+    """Charged run and rehearsal alike; the reason says on what."""
+    early = {"signal": "public", "patience": 2, "tolerance": 0.9}
+    study = override(heart_plan().study, {"train.rounds": 8, "train.early_stopping": early})
+
+    results = simulate(heart_plan(study=study, public=PublicTable(public_file, study), seeds=(0, 1)))
+
+    assert [r.round for r in results.rounds] == [1, 2, 3]
+    assert results.stopped_early.startswith("auc on the public table has not risen by more than 0.9 above ")
+    assert results.arms[0].seeds == 2
+
+
+def test_without_a_public_table_nothing_is_looked_at_instead(heart_plan):
+    """Not the held-out records, which the simulator has at hand; and nothing is left behind."""
+    early = {"signal": "public", "patience": 1, "tolerance": 0.0}
+    plan = heart_plan(study=override(heart_plan().study, {"train.early_stopping": early}))
+
+    with pytest.raises(ConfigError, match="needs a public table"):
+        simulate(plan)
+
+    assert not plan.out.exists()
+
+
+def test_a_sites_own_table_is_not_a_public_one(heart_plan, tmp_path):
+    """The run would stop on the records that it is judged by."""
+    early = {"signal": "public", "patience": 1, "tolerance": 0.0}
+    study = override(heart_plan().study, {"train.early_stopping": early})
+    lines = files("lepton_fl.data").joinpath("bundled/heart.csv").read_text().splitlines()
+    path = tmp_path / "hungary.csv"
+    path.write_text("\n".join(line for line in lines if line.startswith(("hospital", "hungary"))) + "\n")
+
+    with pytest.raises(DataError, match="site hungary: its table is the public one"):
+        simulate(heart_plan(study=study, public=PublicTable(path, study)))
 
 
 def test_nothing_to_resume_is_refused(heart_plan):
