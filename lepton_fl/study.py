@@ -214,6 +214,7 @@ class Train(Strict):
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
     """Rounds over which the server's rate rises to its full height first."""
     early_stopping: EarlyStopping | None = None
+    """None: every round is run."""
     spare_rounds: Annotated[int, Field(ge=0)] | None = None
     """Rounds the noise also covers, for those lost to a crash; 5 % of `rounds` by default."""
     deadline: Annotated[float, Field(gt=0, le=604_800)] = 600.0

@@ -36,6 +36,7 @@ class Checkpoint:
     model: Arrays
     strategy: Arrays
     stopping: Arrays = field(default_factory=dict)
+    """State of the early-stopping rule; empty where there is none."""
     stopped_early: str = ""
     """Why the run is over before its last round; empty where it is not."""
 
