@@ -4,6 +4,7 @@ from lepton_fl.data.bundled import DATASETS, Dataset, dataset, load_dataset
 from lepton_fl.data.cells import Batch
 from lepton_fl.data.contract import Contract
 from lepton_fl.data.findings import ColumnCheck
+from lepton_fl.data.growing import Room
 from lepton_fl.data.read import batches, read_csv
 from lepton_fl.data.split import partition, split
 from lepton_fl.data.table import CheckReport, Table, check_table, load_table, pool
@@ -15,6 +16,7 @@ __all__ = [
     "ColumnCheck",
     "Contract",
     "Dataset",
+    "Room",
     "Table",
     "batches",
     "check_table",

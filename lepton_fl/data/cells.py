@@ -99,11 +99,12 @@ def numbers(cells: Sequence[str]) -> Numbers:
     """Cells as float64, with a decimal point. Infinite values are kept for the caller to count."""
     # float() would read the literal 1_000; a site that writes it means something else.
     if "_" not in "".join(cells):
-        try:
-            plain = [_NAN_FOR.get(cell, cell) for cell in cells]
-            return Numbers(np.fromiter(map(float, plain), np.float64, len(plain)), 0)
-        except ValueError:
-            pass  # Some cell needs a closer look; which one is found below.
+        # As they are first: a column without missing cells needs no second list.
+        for texts in (cells, map(_NAN_FOR.get, cells, cells)):
+            try:
+                return Numbers(np.fromiter(map(float, texts), np.float64, len(cells)), 0)
+            except ValueError:
+                continue  # Some cell needs a closer look; which one is found below.
     value_B = np.full(len(cells), np.nan)
     unreadable = 0
     for i, cell in enumerate(cells):

@@ -28,6 +28,9 @@ IDENTIFIER_RATIO = 0.95
 IDENTIFIER_CELLS = 50
 """Cells below which that share says nothing."""
 
+DISTINCT_KEYS = 1 << 17
+"""Different values of a column up to which they are counted exactly."""
+
 Role = Literal["feature", "target", "unit", "time"]
 
 
@@ -64,32 +67,54 @@ class ColumnCheck:
 
 @dataclass(slots=True)
 class Distinct:
-    """How many different keys were seen: exact, in 8 bytes for each, in sorted blocks."""
+    """How many different keys were seen, in memory that does not grow with them.
 
-    keys: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    waiting: list[NDArray[np.int64]] = field(default_factory=list)
+    Exact up to `DISTINCT_KEYS`. Above, of the hashes of the keys a half, a quarter ... is kept, so that
+    they fit, and the count is scaled: Wegman's adaptive sampling (Flajolet, On adaptive sampling, 1990),
+    with a relative standard error of 1.2 / sqrt(DISTINCT_KEYS), here 0.33 %.
+    """
+
+    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    waiting: list[NDArray[np.uint64]] = field(default_factory=list)
     waits: int = 0
+    depth: int = 0
+    """Lowest bits of a hash that have to be zero for it to be kept."""
     possible: bool = True
     """False once a value was seen that no identifier holds; counting then stops."""
 
     def add(self, keys: NDArray[np.int64] | None) -> None:
         if keys is None:
             self.possible = False
-            self.keys, self.waiting = np.empty(0, dtype=np.int64), []
+            self.hashes, self.waiting = np.empty(0, dtype=np.uint64), []
         elif self.possible:
-            self.waiting.append(keys)
-            self.waits += len(keys)
+            self.waiting.append(self._sampled(_mixed(keys)))
+            self.waits += len(self.waiting[-1])
             # Merging at every batch would sort the whole column again for each.
-            if self.waits > len(self.keys) + 100_000:
+            if self.waits > DISTINCT_KEYS:
                 self._merge()
 
     def count(self) -> int:
         self._merge()
-        return len(self.keys)
+        return len(self.hashes) << self.depth
 
     def _merge(self) -> None:
-        self.keys = np.unique(np.concatenate([self.keys, *self.waiting]))
+        self.hashes = np.unique(np.concatenate([self.hashes, *self.waiting]))
         self.waiting, self.waits = [], 0
+        while len(self.hashes) > DISTINCT_KEYS:
+            self.depth += 1
+            self.hashes = self._sampled(self.hashes)
+
+    def _sampled(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        kept: NDArray[np.uint64] = hashes[hashes & np.uint64((1 << self.depth) - 1) == 0]
+        return kept
+
+
+def _mixed(keys: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A bijection of 64 bits in which the lowest depend on all (splitmix64, Steele et al. 2014)."""
+    z: NDArray[np.uint64] = keys.view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,8 +133,8 @@ class Rows:
 class Findings:
     """Encodes batch after batch and counts.
 
-    Its memory does not grow with the rows, but for the different values of a column (8 bytes each)
-    and the names of the units.
+    Its memory does not grow with the rows, but for the names of the units where the study has a column
+    of them.
     """
 
     def __init__(self, contract: Contract) -> None:

@@ -11,6 +11,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_fl.data.growing import slices
+from lepton_fl.data.identity import KEY_BYTES
 from lepton_fl.data.table import Table
 from lepton_fl.errors import ConfigError, DataError
 from lepton_fl.study import Evaluation
@@ -90,10 +92,12 @@ def _positive_units(table: Table) -> Mask:
 def _by_unit(table: Table, evaluation: Evaluation, key: bytes) -> Mask:
     start = hashlib.blake2b(SPLIT_LABEL, key=key)
     hashes = bytearray()
-    for unit in table.key_U:
-        digest = start.copy()
-        digest.update(unit.tobytes())
-        hashes += digest.digest()[:8]
+    for part in slices(table.units):
+        keys = table.key_U[part].tobytes()
+        for place in range(0, len(keys), KEY_BYTES):
+            digest = start.copy()
+            digest.update(keys[place : place + KEY_BYTES])
+            hashes += digest.digest()[:8]
     hash_U = np.frombuffer(bytes(hashes), dtype=">u8")
     # Exact: a float times a power of two. No fraction above 1/2 is allowed, so it fits.
     test_U: Mask = hash_U < np.uint64(math.ceil(math.ldexp(evaluation.test_fraction, 64)))

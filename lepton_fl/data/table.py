@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.data.cells import Batch
 from lepton_fl.data.contract import Contract
-from lepton_fl.data.findings import ColumnCheck, Findings, Rows
+from lepton_fl.data.findings import ColumnCheck, Findings
+from lepton_fl.data.growing import MEMORY, Growing, Room, slices
 from lepton_fl.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Table:
-    """Records of one site. Holds the institution's data: it never leaves the process."""
+    """Records of one site. Holds the institution's data: it never leaves the process.
+
+    Above the memory of `room` the arrays lie in unlinked files that are mapped into memory, and so do
+    those of its subsets.
+    """
 
     x_NF: NDArray[np.float32]
     """Features, each in [-1, 1]."""
@@ -39,9 +44,13 @@ class Table:
     time_N: NDArray[np.float64] | None
     """Numbers as they came, or POSIX seconds; None where the study splits by unit."""
     raw_NC: NDArray[np.float64]
-    """Numbers as they came, codes as indices, NaN for missing: for trees, never federated."""
+    """Numbers as they came, codes as indices, NaN for missing: for a simulation's trees, never federated.
+
+    No columns where the table was loaded without them, as deployed sites do.
+    """
     raw_categorical: tuple[bool, ...]
     feature_names: tuple[str, ...]
+    room: Room = MEMORY
 
     def __len__(self) -> int:
         return len(self.y_N)
@@ -49,21 +58,37 @@ class Table:
     @property
     def positives(self) -> int:
         """Records with the positive label."""
-        return int(self.y_N.sum())
+        # Not the sum: in float32 that stops counting at 16.8 million.
+        return int(np.count_nonzero(self.y_N))
 
     def subset(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Table:
         """The records under a mask, or at these places in this order; units are numbered anew."""
-        unit_N, kept_U = _renumbered(self.unit_N[which])
-        return Table(
-            x_NF=self.x_NF[which],
-            y_N=self.y_N[which],
-            unit_N=unit_N,
+        row_N: NDArray[np.int64] = np.flatnonzero(which) if which.dtype == bool else which  # type: ignore[assignment]
+        if which.dtype == bool and self.units == len(self):
+            # Each record is a unit, in order already: no need to sort them all.
+            unit_N, kept_U = np.arange(len(row_N), dtype=np.int64), row_N
+        else:
+            unit_N, kept_U = _renumbered(self.unit_N[row_N])
+        with Growing(self.room) as growing:
+            for part in slices(len(row_N)):
+                row_B = row_N[part]
+                growing.add(
+                    x_NF=self.x_NF[row_B], y_N=self.y_N[row_B], unit_N=unit_N[part], raw_NC=self.raw_NC[row_B]
+                )
+                if self.time_N is not None:
+                    growing.add(time_N=self.time_N[row_B])
+            for part in slices(len(kept_U)):
+                growing.add(key_U=self.key_U[kept_U[part]])
+            arrays = growing.arrays()
+        return replace(
+            self,
+            x_NF=arrays["x_NF"],
+            y_N=arrays["y_N"],
+            unit_N=arrays["unit_N"],
             units=len(kept_U),
-            key_U=self.key_U[kept_U],
-            time_N=None if self.time_N is None else self.time_N[which],
-            raw_NC=self.raw_NC[which],
-            raw_categorical=self.raw_categorical,
-            feature_names=self.feature_names,
+            key_U=arrays["key_U"],
+            time_N=arrays.get("time_N"),
+            raw_NC=arrays["raw_NC"],
         )
 
     @property
@@ -74,9 +99,10 @@ class Table:
         """
         digest = hashlib.sha256(b"lepton-fl/table/1\n")
         for array in (self.x_NF, self.y_N, self.unit_N):
-            little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-            digest.update(f"{little.dtype.str} {little.shape}\n".encode())
-            digest.update(little.tobytes())
+            little = array.dtype.newbyteorder("<")
+            digest.update(f"{little.str} {array.shape}\n".encode())
+            for part in slices(len(array)):
+                digest.update(np.ascontiguousarray(array[part], dtype=little).tobytes())
         return digest.hexdigest()
 
 
@@ -98,20 +124,53 @@ class CheckReport:
         return not self.problems
 
 
-def load_table(contract: Contract, batches: Iterable[Batch], *, source: str) -> Table:
-    """Encode a table, batch by batch. `source` names it in errors.
+def load_table(
+    contract: Contract,
+    batches: Iterable[Batch],
+    *,
+    source: str,
+    raw: bool = True,
+    room: Room = MEMORY,
+) -> Table:
+    """Encode a table, batch by batch. `source` names it in errors; without `raw` it keeps no `raw_NC`.
+
+    The features and all other arrays are the same however little memory `room` gives.
 
     Raises:
+        ConfigError: the folder of `room` cannot be written, or is full.
         DataError: no rows; cells that are not numbers or infinite; missing features where the study
             refuses them; a missing target, unit or time; a time that is none; more than a fifth of
             a column out of its range or vocabulary; a feature that looks like an identifier. The
             first by column name, with the number of others.
     """
     findings = Findings(contract)
-    kept = [findings.add(batch) for batch in batches]
-    if problems := findings.problems():
-        raise problems[0].error(source, more=len(problems) - 1)
-    return _table(contract, kept, findings.units)
+    with Growing(room) as growing:
+        for batch in batches:
+            rows = findings.add(batch)
+            growing.add(
+                x_NF=rows.x_BF,
+                y_N=rows.y_B,
+                unit_N=rows.unit_B,
+                key_U=rows.key_V,
+                raw_NC=rows.raw_BC if raw else rows.raw_BC[:, :0],
+            )
+            if rows.time_B is not None:
+                growing.add(time_N=rows.time_B)
+        if problems := findings.problems():
+            raise problems[0].error(source, more=len(problems) - 1)
+        arrays = growing.arrays()
+    return Table(
+        x_NF=arrays["x_NF"],
+        y_N=arrays["y_N"],
+        unit_N=arrays["unit_N"],
+        units=findings.units,
+        key_U=arrays["key_U"],
+        time_N=arrays.get("time_N"),
+        raw_NC=arrays["raw_NC"],
+        raw_categorical=contract.raw_categorical if raw else (),
+        feature_names=contract.feature_names,
+        room=room,
+    )
 
 
 def check_table(contract: Contract, batches: Iterable[Batch], *, source: str) -> CheckReport:
@@ -161,21 +220,6 @@ def pool(tables: Sequence[Table]) -> Table:
         raw_NC=np.concatenate([table.raw_NC for table in tables]),
         raw_categorical=first.raw_categorical,
         feature_names=first.feature_names,
-    )
-
-
-def _table(contract: Contract, kept: list[Rows], units: int) -> Table:
-    times = [rows.time_B for rows in kept if rows.time_B is not None]
-    return Table(
-        x_NF=np.concatenate([rows.x_BF for rows in kept]),
-        y_N=np.concatenate([rows.y_B for rows in kept]),
-        unit_N=np.concatenate([rows.unit_B for rows in kept]),
-        units=units,
-        key_U=np.concatenate([rows.key_V for rows in kept]),
-        time_N=np.concatenate(times) if contract.time is not None else None,
-        raw_NC=np.concatenate([rows.raw_BC for rows in kept]),
-        raw_categorical=contract.raw_categorical,
-        feature_names=contract.feature_names,
     )
 
 
