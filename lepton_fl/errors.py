@@ -7,6 +7,7 @@
     ├── DataError                   3    a site's table: column and count, never a value
     ├── PolicyRefused               4    the site's policy forbids it
     │   └── BudgetExhausted         4    the site's privacy budget does not cover it
+    ├── ConnectionFailed            5    a server cannot be reached, or does not let us in
     ├── ProtocolError               5    a peer is at fault, and is named
     │   ├── BadReply                5    a site's reply cannot enter the aggregate
     │   └── BadRequest              5    a server's message cannot be obeyed
@@ -61,6 +62,12 @@ class PolicyRefused(LeptonError):
 
 class BudgetExhausted(PolicyRefused):
     """The site's privacy budget does not cover what the study asks."""
+
+
+class ConnectionFailed(LeptonError):
+    """A server cannot be reached, or does not let us in. Safe to try again."""
+
+    exit_code = 5
 
 
 class ProtocolError(LeptonError):

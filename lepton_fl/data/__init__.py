@@ -6,6 +6,7 @@ from lepton_fl.data.contract import Contract
 from lepton_fl.data.findings import ColumnCheck
 from lepton_fl.data.growing import Room
 from lepton_fl.data.read import batches, read_csv
+from lepton_fl.data.sources import file_source, open_batches
 from lepton_fl.data.split import partition, split
 from lepton_fl.data.table import CheckReport, Table, check_table, load_table, pool
 
@@ -21,8 +22,10 @@ __all__ = [
     "batches",
     "check_table",
     "dataset",
+    "file_source",
     "load_dataset",
     "load_table",
+    "open_batches",
     "partition",
     "pool",
     "read_csv",

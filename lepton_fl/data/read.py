@@ -10,6 +10,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import NoReturn
@@ -80,20 +81,16 @@ def batches(
         ConfigError: two of the study's columns mapped to one header.
         DataError: no header, a header twice, or a column missing.
     """
-    places = _places(header, contract, source, columns or {})
-    pick = itemgetter(*places)  # A tuple: a contract needs a feature and a target at least.
-    picked: list[tuple[str, ...]] = []
-    for row in rows:
-        picked.append(pick(row))
-        if len(picked) == batch_rows:
-            yield _batch(contract, picked)
-            picked = []
-    if picked:
-        yield _batch(contract, picked)
+    # A tuple: a contract needs a feature and a target at least.
+    pick = itemgetter(*places(header, contract, source, columns or {}))
+    yield from picked(map(pick, rows), contract, batch_rows)
 
 
-def _batch(contract: Contract, picked: list[tuple[str, ...]]) -> Batch:
-    return Batch(dict(zip(contract.needed, zip(*picked, strict=True), strict=True)))
+def picked(rows: Iterable[Sequence[str]], contract: Contract, batch_rows: int) -> Iterator[Batch]:
+    """Rows of the columns that the contract needs, in its order, as batches."""
+    waiting = iter(rows)
+    while some := list(islice(waiting, batch_rows)):
+        yield Batch(dict(zip(contract.needed, zip(*some, strict=True), strict=True)))
 
 
 def _rows(lines: Iterable[str], delimiter: str, path: Path) -> Iterator[list[str]]:
@@ -121,8 +118,13 @@ def _without_nul(lines: Iterable[str], path: Path) -> Iterator[str]:
         yield line
 
 
-def _places(header: Sequence[str], contract: Contract, source: str, columns: Mapping[str, str]) -> list[int]:
-    """Where each needed column stands in a row."""
+def places(header: Sequence[str], contract: Contract, source: str, columns: Mapping[str, str]) -> list[int]:
+    """Where each needed column stands in a row, in the order of `contract.needed`.
+
+    Raises:
+        ConfigError: two of the study's columns mapped to one header.
+        DataError: no header, a header twice, or a column missing.
+    """
     own = {nfc(name): nfc(theirs).strip() for name, theirs in columns.items()}
     wanted = {name: own.get(name, name) for name in contract.needed}
     for theirs, times in Counter(wanted.values()).items():

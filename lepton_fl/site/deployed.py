@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lepton_fl.data import Contract, load_table, read_csv, split
+from lepton_fl.data import Contract, load_table, split
 from lepton_fl.errors import ConfigError
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Ledger
@@ -48,9 +48,14 @@ def open_site(path: Path) -> Site:
 
 def _loader(config: SiteConfig, home: Path, key: bytes) -> Callable[[Study], SiteData]:
     def load(study: Study) -> SiteData:
-        contract, source = Contract.of(study), home / config.data.source
-        batches = read_csv(source, contract, columns=config.data.columns, delimiter=config.data.delimiter)
-        table = load_table(contract, batches, source=str(source))
+        contract = Contract.of(study)
+        table = load_table(
+            contract,
+            config.open_batches(contract, home),
+            source=str(config.data.at(home)),
+            raw=False,  # Only a simulation's baselines read the numbers as they came.
+            room=config.room(home),
+        )
         train, test = split(table, study.evaluation, key)
         return SiteData(train=train, test=test)
 

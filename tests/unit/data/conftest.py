@@ -1,10 +1,15 @@
 """A small study and tables on it: three features, a unit, no time column."""
 
+import datetime as dt
+import ipaddress
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from lepton_fl.config import parse
 from lepton_fl.data import Batch, Contract, Table, load_table
@@ -93,5 +98,36 @@ def make_table(make_contract: MakeContract) -> Callable[..., Table]:
             cells["seen"] = [str(t) for t in times]
         contract = make_contract({"row": number}, **tables)
         return load_table(contract, [Batch(cells)], source="test")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_certificate() -> Callable[[Path, str], tuple[Path, Path]]:
+    """A certificate of localhost or 127.0.0.1, signed by itself, and its key: two files in a folder."""
+
+    def run(folder: Path, host: str) -> tuple[Path, Path]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+        ours = x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
+        now, day = dt.datetime.now(dt.UTC), dt.timedelta(days=1)
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(1)
+            .not_valid_before(now - day)
+            .not_valid_after(now + day)
+            .add_extension(x509.SubjectAlternativeName([ours]), critical=False)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        certificate, secret = folder / "server.crt", folder / "server.key"
+        certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+        form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        secret.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
+        secret.chmod(0o600)
+        return certificate, secret
 
     return run
