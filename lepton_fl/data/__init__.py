@@ -1,8 +1,8 @@
 """A site's table: the schema contract, reading, checking, encoding and splitting."""
 
-from lepton_fl.data.bundled import DATASETS, Dataset, dataset, load_dataset
 from lepton_fl.data.cells import Batch
 from lepton_fl.data.contract import Contract
+from lepton_fl.data.datasets import DATASETS, Dataset, dataset, load_dataset
 from lepton_fl.data.findings import ColumnCheck
 from lepton_fl.data.growing import Room
 from lepton_fl.data.read import batches, read_csv

