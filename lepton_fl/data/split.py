@@ -1,12 +1,13 @@
 """Holding out records to judge a model, and cutting one table into simulated sites.
 
-N = records, U = units.
+N = records, U = units, S = sites.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from lepton_fl.data.growing import slices
 from lepton_fl.data.identity import KEY_BYTES
 from lepton_fl.data.table import Table
 from lepton_fl.errors import ConfigError, DataError
-from lepton_fl.study import Evaluation
+from lepton_fl.study import Evaluation, read_number
 
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
@@ -23,6 +24,13 @@ Index = NDArray[np.int64]
 
 SPLIT_LABEL = b"lepton-fl/split/1\n"
 """Domain separation: a key may serve other purposes. Changing it draws every split anew."""
+LEAST_UNITS = 20
+"""Of a site under quantity skew: at so few, 3 sites in 1,000 would hold out nobody (test_fraction 0.25)."""
+PARTITIONS = (
+    "iid, dirichlet:ALPHA, label-skew:RATIO, quantity-skew:ALPHA, with ALPHA of 0.001 to 1e6 and RATIO of 1 "
+    "to 1e6"
+)
+_BOUNDS = {"dirichlet": (1e-3, 1e6), "label-skew": (1.0, 1e6), "quantity-skew": (1e-3, 1e6)}
 
 
 def split(table: Table, evaluation: Evaluation, key: bytes) -> tuple[Table, Table]:
@@ -54,29 +62,44 @@ def split(table: Table, evaluation: Evaluation, key: bytes) -> tuple[Table, Tabl
 
 
 def partition(table: Table, how: str, sites: int, rng: np.random.Generator) -> list[Table]:
-    """One table cut into simulated sites of nearly equal numbers of units, for simulations only.
+    """One table cut into simulated sites, for simulations only. All records of a unit go to one site.
 
-    how = "iid": units at random. how = "dirichlet:ALPHA": each site's share of positive units is
-    drawn from a Dirichlet distribution around the table's own, the further apart the smaller ALPHA,
-    until one of the classes is used up (Hsu et al. 2019). All records of a unit go to one site.
+    iid: units at random, sites of equal size (to within one unit), as in the next two.
+
+    dirichlet:ALPHA: each site's share of positive units is drawn from a Dirichlet distribution around the
+    table's own, the further apart the smaller ALPHA, until one of the classes is used up (Hsu et al. 2019).
+
+    label-skew:RATIO: the sites' shares of positive units are a geometric progression; the last site's is
+    RATIO times the first one's, to within one unit at each.
+
+    quantity-skew:ALPHA: sizes in the proportions of one draw from a symmetric Dirichlet distribution, no
+    site below LEAST_UNITS; labels as they come (Li et al. 2022, "Federated Learning on Non-IID Data
+    Silos", III.E).
 
     Raises:
         ConfigError: unknown `how`, or less than one site.
-        DataError: fewer than two units for each site.
+        DataError: too few units for so many sites, or too few of a class for RATIO.
     """
-    alpha = _alpha(how)
+    kind, number = _kind(how)
     if sites < 1:
         raise ConfigError.at("partition", "sites", found=sites, allowed="at least 1")
-    if table.units < 2 * sites:
+    least = LEAST_UNITS if kind == "quantity-skew" else 2
+    if table.units < least * sites:
         raise DataError(
-            f"{table.units} units cannot make {sites} sites of at least 2",
-            fix=f"--sites {max(table.units // 2, 1)}",
+            f"{table.units} units cannot make {sites} sites of at least {least}",
+            fix=f"--sites {max(table.units // least, 1)}",
         )
     sizes = [len(part) for part in np.array_split(np.arange(table.units), sites)]
-    if alpha is None:
-        shares = np.split(rng.permutation(table.units), np.cumsum(sizes)[:-1])
-    else:
-        shares = _skewed(_positive_units(table), sizes, alpha, rng)
+    match kind:
+        case "dirichlet":
+            shares = _skewed(_positive_units(table), sizes, number, rng)
+        case "label-skew":
+            shares = _in_progression(_positive_units(table), sizes, number, rng)
+        case "quantity-skew":
+            spread = rng.dirichlet(np.full(sites, number)) * (table.units - least * sites)
+            shares = _cut(rng.permutation(table.units), least + _whole(spread))
+        case _:
+            shares = _cut(rng.permutation(table.units), sizes)
     site_U = np.empty(table.units, dtype=np.int64)
     for site, share in enumerate(shares):
         site_U[share] = site
@@ -124,18 +147,47 @@ def _by_time(table: Table, evaluation: Evaluation) -> Mask:
     return test_N
 
 
-def _alpha(how: str) -> float | None:
-    """Concentration of a Dirichlet partition; None for iid."""
+def _kind(how: str) -> tuple[str, float]:
+    """The form of a partition and its number (0 where it has none)."""
     if how == "iid":
-        return None
-    name, _, text = how.partition(":")
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if name != "dirichlet" or not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError.at("partition", "how", found=how, allowed="iid, dirichlet:ALPHA with ALPHA above 0")
-    return alpha
+        return how, 0.0
+    kind, _, text = how.partition(":")
+    low, high = _BOUNDS.get(kind, (math.inf, -math.inf))
+    if not low <= (number := read_number(text)) <= high:
+        raise ConfigError.at("partition", "how", found=how, allowed=PARTITIONS)
+    return kind, number
+
+
+def _cut(units: Index, sizes: Sequence[int] | Index) -> list[Index]:
+    return np.split(units, np.cumsum(sizes)[:-1])
+
+
+def _whole(parts: NDArray[np.float64]) -> Index:
+    """Whole numbers with the same sum, each the part rounded down or up (largest remainders)."""
+    whole = np.floor(parts).astype(np.int64)
+    missing = round(float(parts.sum())) - int(whole.sum())
+    whole[np.argsort(whole - parts, kind="stable")[:missing]] += 1
+    return whole
+
+
+def _in_progression(
+    positive_U: Mask, sizes: list[int], ratio: float, rng: np.random.Generator
+) -> list[Index]:
+    positives = rng.permutation(np.flatnonzero(positive_U))
+    negatives = rng.permutation(np.flatnonzero(~positive_U))
+    size_S = np.asarray(sizes)
+    weight_S = size_S * ratio ** np.linspace(0, 1, len(sizes))
+    wanted_S = len(positives) * weight_S / weight_S.sum()
+    positive_S = _whole(wanted_S)
+    if (len(sizes) == 1 and ratio != 1) or (wanted_S > size_S).any() or not positive_S.all():
+        raise DataError(
+            f"{len(positives)} positive of {len(positive_U)} units cannot make {len(sizes)} sites in "
+            f"ratio {ratio:g}: they would hold {wanted_S[0]:.3g} of {sizes[0]} to "
+            f"{wanted_S[-1]:.3g} of {sizes[-1]}",
+            fix="a RATIO nearer to 1, or another number of sites",
+        )
+    with_label = zip(_cut(positives, positive_S), _cut(negatives, size_S - positive_S), strict=True)
+    return [np.concatenate(classes) for classes in with_label]
 
 
 def _skewed(positive_U: Mask, sizes: list[int], alpha: float, rng: np.random.Generator) -> list[Index]:
