@@ -1,6 +1,7 @@
-"""What a run leaves for people and programs: results.json, and its schema.
+"""What a run leaves for people and programs: results.json, a sweep's sweep.json, and their schemas.
 
-`docs/results.schema.json` is generated from these models; a test keeps the two the same.
+`docs/results.schema.json` and `docs/sweep.schema.json` are generated from these models; a test keeps each
+the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ FORMAT = "lepton-fl/results/1"
 ArmName = Literal["local", "linear", "federated", "pooled"]
 """local, linear: a site's own gradient boosting and logistic regression, on its own records alone."""
 OwnArm = Literal["local", "linear"]
+SWEEP_FORMAT = "lepton-fl/sweep/1"
+SweepValue = bool | int | float | str
 
 
 class Interval(Strict):
@@ -164,6 +167,65 @@ class Results(Strict):
     seconds: float
 
 
+class SweepAxis(Strict):
+    """What is varied: a dotted key of the study, or `split` or `sites`."""
+
+    key: str
+    values: tuple[SweepValue, ...]
+
+
+def shown(value: SweepValue) -> str:
+    """A value as one types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class SweepPoint(Strict):
+    """One point of the grid: a whole simulation, in a folder of its own."""
+
+    name: str
+    """`KEY=VALUE,...`, as in the name of its folder."""
+    folder: str
+    """Relative to the sweep's."""
+    values: dict[str, SweepValue]
+    study_id: str
+    status: Literal["left", "running", "completed", "stopped", "interrupted", "refused", "killed"] = "left"
+    """left: not begun, or ended before anything was kept. stopped: too few sites. refused: by the site's
+    policies, the data or an error. killed: its process was."""
+    reason: str = ""
+    """Why it did not complete."""
+    arms: dict[ArmName, Interval] = {}
+    """The study's metric, mean over the sites; empty before the point has results."""
+    gain: Interval | None = None
+    """Federated minus each site's better own model, mean over sites, paired by seed and record."""
+    epsilon: float | None = None
+    """What the charged run cost at the site where it cost most, at the study's delta."""
+    rounds: int = 0
+    """Rounds that were aggregated."""
+    seconds: float | None = None
+
+
+class Sweep(Strict):
+    """Simulations over a grid of keys. Each figure is also in the results.json of its point."""
+
+    format: Literal["lepton-fl/sweep/1"] = "lepton-fl/sweep/1"
+    status: Literal["running", "completed", "interrupted", "incomplete"]
+    """incomplete: some point did not complete. running also where the program that ran it was killed."""
+    labels: tuple[str, ...]
+    """What a reader must know before any figure."""
+    study_name: str
+    purpose: str
+    metric: Literal["auc", "auprc"]
+    axes: tuple[SweepAxis, ...]
+    points: tuple[SweepPoint, ...]
+    seeds: tuple[int, ...]
+    options: tuple[str, ...]
+    """What all points share, as given to `lepton-fl simulate`."""
+    command: str
+    started: str
+    """ISO 8601, UTC."""
+    seconds: float
+
+
 def write_results(results: Results, path: Path) -> None:
     """Write atomically: a reader sees the old file or the whole new one."""
     write_atomic(path, (results.model_dump_json(indent=1) + "\n").encode("utf-8"))
@@ -186,6 +248,30 @@ def read_results(path: Path) -> Results:
         raise ConfigError(f"{path}: not a results file of format {FORMAT}") from None
 
 
+def write_sweep(sweep: Sweep, path: Path) -> None:
+    """Write atomically: a reader sees the old file or the whole new one."""
+    write_atomic(path, (sweep.model_dump_json(indent=1) + "\n").encode("utf-8"))
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep in the file at `path`.
+
+    Raises:
+        ConfigError: there is no such file, or it is not of this format.
+    """
+    try:
+        return Sweep.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError:
+        raise ConfigError(f"{path}: not a file of format {SWEEP_FORMAT}") from None
+
+
 def schema() -> str:
     """JSON schema of results.json."""
     return json.dumps(Results.model_json_schema(), indent=1, sort_keys=True) + "\n"
+
+
+def sweep_schema() -> str:
+    """JSON schema of sweep.json."""
+    return json.dumps(Sweep.model_json_schema(), indent=1, sort_keys=True) + "\n"

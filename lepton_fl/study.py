@@ -591,6 +591,7 @@ def check_delta(study: Study, units: int, site: str) -> None:
 def override(study: Study, changes: dict[str, Any]) -> Study:
     """A study with dotted keys replaced, checked anew: `{"privacy.epsilon": 3.0}`."""
     raw = study.model_dump(mode="json", exclude_none=True)
+    _leave_strategy(raw["train"], changes.get("train.strategy", study.train.strategy))
     for dotted, value in changes.items():
         *path, last = dotted.split(".")
         table = raw
@@ -603,6 +604,16 @@ def override(study: Study, changes: dict[str, Any]) -> Study:
         else:
             table[last] = value
     return parse(Study, raw, file=f"study {study.study.name}")
+
+
+def _leave_strategy(train: dict[str, Any], following: Any) -> None:
+    """Take out of [train] what was filled in for its strategy, and what the `following` cannot read."""
+    if following == train["strategy"]:
+        return
+    read = STRATEGY_KEYS.get(str(following), {})
+    for key, default in STRATEGY_KEYS[train["strategy"]].items():
+        if key not in read or train[key] == default:
+            train.pop(key, None)
 
 
 def _one_form(value: Any) -> Any:

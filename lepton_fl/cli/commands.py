@@ -180,6 +180,7 @@ def quickstart(
         seeds=tuple(range(seed, seed + QUICKSTART_SEEDS)),
         curve=QUICKSTART_CURVE,
         command=this_command(),
+        cut=None if how == "natural" else how,
     )
     run_plan(plan, as_json=as_json, open_report=open_report)
 
@@ -253,19 +254,48 @@ def simulate(
         str | None, typer.Option(help="Public data instead: heart, cancer, ulb or credit.")
     ] = None,
     sites: Annotated[int | None, typer.Option(help="Number of sites to cut one table into.", min=1)] = None,
-    split: Annotated[str | None, typer.Option(help="natural, iid, or dirichlet:ALPHA (label skew).")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="How the sites come to be: natural, iid, dirichlet:ALPHA or label-skew:RATIO (shares of "
+            "positives differ), quantity-skew:ALPHA (sizes differ). Example: --sites 5 --split label-skew:4"
+        ),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE@ROUND",
+            help="From that round on the site does not answer; SITE@A-B: in rounds A to B. May be repeated. "
+            "Example: --drop hungary@10",
+        ),
+    ] = None,
     compare: Annotated[
         str, typer.Option(help="Arms, of local, pooled and federated.")
     ] = "local,pooled,federated",
     curve: Annotated[str, typer.Option(help="Epsilons to rehearse for the utility curve, as 0.3,1,3.")] = "",
     seeds: Annotated[int, typer.Option(help="Seeds: one charged run, the others rehearse.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2,...",
+            help="A whole simulation for each value of a study key, of split or of sites, each with its own "
+            "ledgers; repeated: for each combination. Example: --sweep privacy.epsilon=1,3,8",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Points of a sweep at one time (default: one for each core).", min=1)
+    ] = None,
     policies: Annotated[
         Path | None,
         typer.Option(
             help="Folder of SITE/policy.toml and SITE/ledger.db that the run obeys and charges "
             "(default: made for this run, in OUT/sites)."
         ),
+    ] = None,
+    baselines: Annotated[
+        Path | None,
+        typer.Option(help="Folder where the scores of own and pooled models are kept for other runs."),
     ] = None,
     engine: Annotated[  # noqa: ARG001 - one engine so far; the flag is part of the contract with scripts
         Engine, typer.Option(help="How the sites are run.")
@@ -278,7 +308,10 @@ def simulate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/STUDY-N).")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from OUT's checkpoint, with the next round.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on from OUT's checkpoint with the next round; of a sweep, with what is left."
+        ),
     ] = False,
     open_report: Open = False,
     as_json: Json = False,
@@ -287,47 +320,64 @@ def simulate(
 
     Writes study.toml, results.json, report.html, model.safetensors and a checkpoint into OUT. The
     same command with the same seed gives the same model.
+
+    Example: lepton-fl simulate study.toml --dataset heart --seeds 3 --out runs/first
+
+    With --sweep: sweep.json, sweep.html, and a run for each point in OUT/points.
     """
-    from lepton_fl.cli.running import arms, read_tables, run_folder, run_plan, this_command
+    from lepton_fl.cli.running import Request, arms, run_folder, run_plan
     from lepton_fl.study import load_study
 
     study = load_study(study_file)
-    wanted = arms(compare)
-    curve_points = numbers(curve, option="--curve")
+    request = Request(
+        study=study,
+        data=data,
+        dataset=dataset,
+        sites=sites,
+        split=split,
+        compare=arms(compare),
+        curve=numbers(curve, option="--curve"),
+        seeds=tuple(range(seed, seed + seeds)),
+        drops=tuple(drop or ()),
+        baselines=baselines,
+        public=public,
+        policies=policies,
+    )
     if (data is None) == (dataset is None):
         raise typer.BadParameter("give exactly one of --data and --dataset")
+    if sweep and policies is not None:
+        raise typer.BadParameter("--sweep with --policies: each point would be charged to the same ledgers")
+    if jobs is not None and not sweep:
+        raise typer.BadParameter("--jobs is for --sweep")
     folder = run_folder(out, study.study.name, resume=resume)
-    how = split or ("natural" if sites is None else "iid")
-    tables = read_tables(study, dataset_name=dataset, data=data, sites=sites, how=how, seed=seed)
-    from lepton_fl.federation import PublicTable
-    from lepton_fl.simulation import Plan
+    if sweep:
+        from lepton_fl.cli.sweeping import run_sweep
 
-    plan = Plan(
-        study=study,
-        tables=tables,
-        public=None if public is None else PublicTable(public, study),
-        out=make_writable(folder),
-        policies=policies,
-        seeds=tuple(range(seed, seed + seeds)),
-        compare=wanted,
-        curve=curve_points,
-        resume=resume,
-        command=this_command(),
-    )
+        run_sweep(request, sweep, folder, jobs=jobs, resume=resume, as_json=as_json, open_report=open_report)
+        return
+    plan = request.plan(request.tables(), folder, resume=resume)
+    make_writable(folder)
     run_plan(plan, as_json=as_json, open_report=open_report)
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a sweep.", metavar="RUN")],
     form: Annotated[Format, typer.Option("--format", help="html, json or md.")] = Format.html,
     open_report: Open = False,
 ) -> None:
     """Write the report of a run again, as one offline HTML file, JSON or Markdown."""
     from lepton_fl.report import write_report
-    from lepton_fl.results import read_results
+    from lepton_fl.results import read_results, read_sweep
 
-    path = write_report(read_results(run / "results.json"), make_writable(run), form.value)
+    if (run / "sweep.json").exists():
+        from lepton_fl.report.sweep import write_sweep_report
+
+        if form is not Format.html:
+            raise typer.BadParameter(f"a sweep is written as html; its figures are in {run / 'sweep.json'}")
+        path = write_sweep_report(read_sweep(run / "sweep.json"), make_writable(run))
+    else:
+        path = write_report(read_results(run / "results.json"), make_writable(run), form.value)
     typer.echo(str(path))
     if open_report:
         webbrowser.open(path.resolve().as_uri())

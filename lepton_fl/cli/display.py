@@ -7,11 +7,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from lepton_fl.cli.terminal import console, say
-from lepton_fl.results import RoundSummary
+from lepton_fl.results import RoundSummary, Sweep, SweepPoint
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_ENDED = ("completed", "stopped", "refused", "killed")
+"""States of a point of a sweep that is not worked on further."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -142,6 +144,114 @@ class _Live:
         for name, reason in sorted(self._out.items()):
             grid.add_row("left out", Text(f"{name}: {reason}", style="yellow"))
         return Group(Text(self._labels, style="bold yellow"), self._progress, grid)
+
+
+class SweepDisplay(Protocol):
+    """A display that is entered for the time of a sweep."""
+
+    def __enter__(self) -> SweepDisplay: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+    def show(self, sweep: Sweep) -> None:
+        """How the points stand."""
+
+    def ended(self, point: SweepPoint) -> None:
+        """A point has ended."""
+
+
+def sweep_display(sweep: Sweep) -> SweepDisplay:
+    """The display that suits standard error."""
+    return _SweepLive(sweep) if console(stderr=True).is_terminal else _SweepLines(sweep)
+
+
+class _SweepLines:
+    """One line for each point that ends."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+
+    def __enter__(self) -> _SweepLines:
+        say(", ".join(self._sweep.labels))
+        done = sum(1 for point in self._sweep.points if point.status in _ENDED)
+        say(f"{len(self._sweep.points)} points" + (f", {done} of them done before" if done else ""))
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def show(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+
+    def ended(self, point: SweepPoint) -> None:
+        done = sum(1 for p in self._sweep.points if p.status in _ENDED)
+        say(f"{done}/{len(self._sweep.points)} {_of_point(point, self._sweep.metric)}")
+
+
+class _SweepLive:
+    """A bar, the points that run, and the last that ended."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        self._sweep = sweep
+        self._progress = Progress("[bold]points", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = self._progress.add_task("points", total=len(sweep.points))
+        self._last: list[SweepPoint] = []
+        self._live = Live(get_renderable=self._render, console=console(stderr=True), refresh_per_second=4)
+
+    def __enter__(self) -> _SweepLive:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def show(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+
+    def ended(self, point: SweepPoint) -> None:
+        self._last = [*self._last, point][-8:]
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        points = self._sweep.points
+        self._progress.update(self._bar, completed=sum(1 for p in points if p.status in _ENDED))
+        left = sum(1 for p in points if p.status == "left")
+        grid = Table.grid(padding=(0, 1))
+        for point in self._last:
+            good = point.status == "completed"
+            grid.add_row("", Text(_of_point(point, self._sweep.metric), style="" if good else "yellow"))
+        for point in points:
+            if point.status == "running":
+                grid.add_row("running", Text(point.name))
+        grid.add_row("left", str(left))
+        return Group(Text(", ".join(self._sweep.labels), style="bold yellow"), self._progress, grid)
+
+
+def _of_point(point: SweepPoint, metric: str) -> str:
+    parts: list[str] = [point.status]
+    mean = point.arms["federated"].mean if "federated" in point.arms else None
+    if mean is not None:
+        parts.append(f"{metric} {mean:.3f}")
+    if point.epsilon is not None:
+        parts.append(f"epsilon {point.epsilon:.2f}")
+    if point.seconds is not None:
+        parts.append(f"{point.seconds:.0f} s")
+    if point.reason:
+        parts.append(point.reason)
+    return f"{point.name}: {', '.join(parts)}"
 
 
 def _spent(epsilon: float | None, allowed: float | None) -> str:

@@ -7,8 +7,9 @@ import re
 import shlex
 import sys
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from lepton_fl.data import (
 from lepton_fl.errors import ConfigError, DataError, LeptonError
 from lepton_fl.privacy import Guarantee
 from lepton_fl.report import write_report
-from lepton_fl.results import ArmName, Interval, Results
+from lepton_fl.results import ArmName, Interval, Results, SweepValue
 from lepton_fl.study import NAME_PATTERN, Study
 
 if TYPE_CHECKING:
@@ -43,8 +44,98 @@ _COLUMNS: dict[ArmName, str] = {
     "federated": "federated",
     "pooled": "pooled",
 }
+NATURAL = "natural"
+"""The sites as they come, not cut."""
 WIDE = 120
 """Columns of a terminal that a table with intervals needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What `simulate` was asked for, before a table is read."""
+
+    study: Study
+    data: Path | None
+    dataset: str | None
+    sites: int | None
+    split: str | None
+    compare: tuple[ArmName, ...]
+    curve: tuple[float, ...]
+    seeds: tuple[int, ...]
+    drops: tuple[str, ...]
+    baselines: Path | None
+    public: Path | None = None
+    policies: Path | None = None
+
+    @property
+    def how(self) -> str:
+        """How the sites come to be."""
+        return self.split or ("natural" if self.sites is None else "iid")
+
+    def at(self, values: Mapping[str, SweepValue]) -> Request:
+        """The same at one point of a sweep.
+
+        Raises:
+            ConfigError: the study does not admit the values, or they are no split or number of sites.
+        """
+        from lepton_fl.simulation.sweep import SITES, SPLIT, study_at
+
+        sites, split = values.get(SITES, self.sites), values.get(SPLIT, self.split)
+        if SITES in values and (type(sites) is not int or sites < 1):
+            raise ConfigError.at("command line", SITES, found=sites, allowed="whole numbers, at least 1")
+        # The natural sites are as many as there are, whatever the other points of the sweep ask.
+        number = None if (split == NATURAL and SPLIT in values) or sites is None else int(sites)
+        how = None if split is None else str(split)
+        return replace(self, study=study_at(self.study, values), sites=number, split=how)
+
+    def tables(self) -> dict[str, Table]:
+        """The sites' tables."""
+        return read_tables(
+            self.study,
+            dataset_name=self.dataset,
+            data=self.data,
+            sites=self.sites,
+            how=self.how,
+            seed=self.seeds[0],
+        )
+
+    def plan(self, tables: Mapping[str, Table], out: Path, *, resume: bool = False) -> Plan:
+        """What to simulate."""
+        from lepton_fl.federation import PublicTable
+        from lepton_fl.simulation import Drop, Plan
+
+        return Plan(
+            study=self.study,
+            tables=tables,
+            public=None if self.public is None else PublicTable(self.public, self.study),
+            out=out,
+            policies=self.policies,
+            seeds=self.seeds,
+            compare=self.compare,
+            curve=self.curve,
+            resume=resume,
+            command=this_command(),
+            cut=None if self.how == NATURAL else self.how,
+            drops=tuple(Drop.parse(text) for text in self.drops),
+            kept=self.baselines,
+        )
+
+    def options(self) -> tuple[str, ...]:
+        """All but the study, the folders and how the sites come to be, as `simulate` takes it."""
+        source = ("--dataset", self.dataset) if self.data is None else ("--data", str(self.data))
+        found = [*source, "--compare", ",".join(self.compare)]
+        if self.curve:
+            found += ["--curve", ",".join(f"{epsilon:g}" for epsilon in self.curve)]
+        found += ["--seeds", str(len(self.seeds)), "--seed", str(self.seeds[0])]
+        for drop in self.drops:
+            found += ["--drop", drop]
+        if self.public is not None:
+            found += ["--public", str(self.public)]
+        return tuple(str(word) for word in found)
+
+    def cutting(self) -> tuple[str, ...]:
+        """How the sites come to be, as `simulate` takes it."""
+        return ("--split", self.how, *(() if self.sites is None else ("--sites", str(self.sites))))
 
 
 def read_tables(
@@ -78,7 +169,7 @@ def read_tables(
         }
     else:
         tables = load_dataset(dataset_name or "", contract)
-    if how == "natural":
+    if how == NATURAL:
         if sites is not None:
             raise typer.BadParameter("--split natural takes the sites as they are: leave --sites out")
         return tables
@@ -99,7 +190,7 @@ def run_plan(plan: Plan, *, as_json: bool, open_report: bool) -> None:
         with _logged_to(log):
             guarantee = Guarantee.of(plan.study)
             say(guarantee.sentence())
-            labels = ", ".join(guarantee.simulation_labels)
+            labels = ", ".join((*guarantee.simulation_labels, *plan.labels))
             with display_for(plan.study.task.metric, labels) as display:
                 results = simulate(plan, display)
     except LeptonError:
@@ -198,7 +289,7 @@ def run_folder(out: Path | None, name: str, *, resume: bool) -> Path:
         raise ConfigError(
             f"{out}: holds a run that was cut off", fix="go on with --resume, or name another folder"
         )
-    if (out / "results.json").exists() and not resume:
+    if any((out / name).exists() for name in ("results.json", "sweep.json")) and not resume:
         raise ConfigError(
             f"{out}: holds a run already, and is not overwritten",
             fix="name another folder with --out, or go on with --resume",

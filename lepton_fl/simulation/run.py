@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from flwr.app import Context, RecordDict
 
 from lepton_fl.config import parse
 from lepton_fl.data import Table, split
-from lepton_fl.errors import DataError
+from lepton_fl.errors import ConfigError, DataError
 from lepton_fl.federation import Federation, Observer, PublicTable, server_app
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Guarantee, Ledger
 from lepton_fl.simulation.curator import CuratorGrid
-from lepton_fl.simulation.grid import InProcessGrid
+from lepton_fl.simulation.grid import Drop, InProcessGrid
 from lepton_fl.site import Policy, Simulated, Site, SiteData, client_app
 from lepton_fl.site.config import files_of
 from lepton_fl.site.policy import Approvals, load_policy
@@ -141,6 +141,22 @@ class Run:
             site.ledger.close()
 
 
+def check_drops(drops: Iterable[Drop], study: Study, splits: Splits) -> None:
+    """Refuse drops that could never happen.
+
+    Raises:
+        ConfigError: no such site, or no such round.
+    """
+    rounds, last = study.train.rounds, study.train.charged_rounds
+    for drop in drops:
+        if drop.site not in splits:
+            allowed = f"a site of this run: {', '.join(sorted(splits))}"
+            raise ConfigError.at("command line", "--drop", found=drop.site, allowed=allowed)
+        if not 1 <= drop.first <= rounds or (drop.last or 0) > last:
+            allowed = f"from a round of 1 to {rounds}, to one of at most {last} (spare rounds included)"
+            raise ConfigError.at("command line", "--drop", found=str(drop), allowed=allowed)
+
+
 def prepare(
     study: Study,
     splits: Splits,
@@ -152,6 +168,7 @@ def prepare(
     resume: bool = False,
     observer: Observer | None = None,
     public: PublicTable | None = None,
+    drops: Iterable[Drop] = (),
 ) -> Run:
     """Everything that one run needs, nothing started.
 
@@ -168,7 +185,6 @@ def prepare(
     if public is not None:
         context += f", public {public.fingerprint[:16]}"
     nodes = {FIRST_SITE_NODE + i: name for i, name in enumerate(sorted(sites))}
-    grid = InProcessGrid({node: client_app(sites[name]) for node, name in nodes.items()})
     if resume and checkpoint is not None:
         federation = Federation.resume(
             checkpoint, study=study, sites=nodes, observer=observer, context=context, public=public
@@ -185,6 +201,12 @@ def prepare(
             context=context,
             public=public,
         )
+    grid = InProcessGrid(
+        {node: client_app(sites[name]) for node, name in nodes.items()},
+        drops={node: [drop for drop in drops if drop.site == name] for node, name in nodes.items()},
+        # A machine that is down when a run is resumed does not join it.
+        at=federation.started,
+    )
     return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study), seed=seed)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, Protocol
@@ -48,10 +50,22 @@ from lepton_fl.simulation.baselines import (
     own_linear_scores,
     pooled_scores,
 )
-from lepton_fl.simulation.run import Run, Scorer, Splits, mean_metric, prepare, split_sites
+from lepton_fl.simulation.grid import Drop
+from lepton_fl.simulation.kept import kept_scores
+from lepton_fl.simulation.run import (
+    Run,
+    Scorer,
+    Splits,
+    check_drops,
+    mean_metric,
+    prepare,
+    split_sites,
+)
 from lepton_fl.study import Study, check_delta, override
 from lepton_fl.tasks import Arrays, model_hash
 from lepton_fl.tasks.metrics import RESAMPLES, Scored, evaluate, gain, intervals
+
+log = logging.getLogger(__name__)
 
 CURVE_SEEDS = 3
 """Seeds, at most, for each point of the utility curve: its shape is what is read, not its last digit."""
@@ -104,6 +118,22 @@ class Plan:
     """What the study's early stopping looks at; never a site's records."""
     command: str = ""
     bootstrap: int = RESAMPLES
+    cut: str | None = None
+    """How one table was cut into these sites (`iid`); None where each is an institution's own."""
+    drops: tuple[Drop, ...] = ()
+    """Suffered by the charged run and by the rehearsals alike."""
+    kept: Path | None = None
+    """Folder where the baselines' scores are kept for other runs on the same records."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a reader must know of the sites before any figure."""
+        found = []
+        if self.cut is not None:
+            found.append(f"artificial sites: one table cut {len(self.tables)} ways ({self.cut})")
+        if self.drops:
+            found.append(f"simulated drops: {', '.join(map(str, self.drops))}")
+        return tuple(found)
 
 
 def freeze(study: Study, tables: Mapping[str, Table]) -> Study:
@@ -141,6 +171,29 @@ def check(study: Study, splits: Splits, public: PublicTable | None = None) -> No
     check_delta(study, splits[smallest][0].units, smallest)
 
 
+def check_plan(plan: Plan) -> Study:
+    """The study as `simulate` would run it, or the refusal it would meet. Nothing is trained or written.
+
+    The sites' policies and budgets are not asked.
+
+    Raises:
+        TooFewSites, ConfigError, DataError: as `simulate`.
+    """
+    study = freeze(plan.study, plan.tables)
+    splits = split_sites(plan.tables, study, plan.seeds[0])
+    _check_all(plan, study, splits)
+    prepare(study, splits, plan.seeds[0]).close()
+    return study
+
+
+def _check_all(plan: Plan, study: Study, splits: Splits) -> None:
+    check(study, splits, plan.public)
+    check_drops(plan.drops, study, splits)
+    for name, table in plan.tables.items():
+        if plan.public is not None and plan.public.fingerprint == table.fingerprint:
+            raise DataError(f"site {name}: its table is the public one: no run may stop on what judges it")
+
+
 def simulate(plan: Plan, display: Display | None = None) -> Results:
     """Run `plan`, write OUT/{study.toml, results.json, model.safetensors, checkpoint}, return the results.
 
@@ -168,6 +221,8 @@ class _Simulation:
     scored: dict[ArmName, list[dict[str, Scored]]] = field(default_factory=dict)
     curve: list[CurvePoint] = field(default_factory=list)
     status: Literal["completed", "interrupted", "stopped"] = "completed"
+    labels: tuple[str, ...] = ()
+    """Of the part of the run before this one: its rounds are in the results too."""
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
@@ -175,13 +230,7 @@ class _Simulation:
         self.study = freeze(self.plan.study, self.plan.tables)
         self.seed = self.plan.seeds[0]
         self.splits = split_sites(self.plan.tables, self.study, self.seed)
-        check(self.study, self.splits, self.plan.public)
-        for name, table in self.plan.tables.items():
-            if self.plan.public is not None and self.plan.public.fingerprint == table.fingerprint:
-                raise DataError(
-                    f"site {name}: its table is the public one: a run must not stop on the records it is "
-                    "judged by"
-                )
+        _check_all(self.plan, self.study, self.splits)
         width = next(iter(self.splits.values()))[0].x_NF.shape[1]
         self.scorer = Scorer(self.study, width)
         out = self.plan.out
@@ -193,6 +242,7 @@ class _Simulation:
                 if before.status == "completed":
                     raise ConfigError(f"{out}: holds a completed run", fix="name another folder with --out")
                 self.rounds += before.rounds
+                self.labels = before.labels
         self.main = prepare(
             self.study,
             self.splits,
@@ -203,6 +253,7 @@ class _Simulation:
             resume=self.plan.resume,
             observer=self,
             public=self.plan.public,
+            drops=self.plan.drops,
         )
 
     def run(self) -> Results:
@@ -247,27 +298,42 @@ class _Simulation:
             "comparing",
             again + len(baselines) * len(plan.seeds) + len(plan.curve) * len(kinds) * len(curve_seeds),
         )
-        splits = {self.seed: self.splits}
+        splits = {seed: split_sites(plan.tables, self.study, seed) for seed in plan.seeds}
         for seed in plan.seeds[1:]:
-            splits[seed] = split_sites(plan.tables, self.study, seed)
-            self.scored["federated"].append(self._rehearsal(self.study, splits[seed], seed))
+            try:
+                self.scored["federated"].append(self._rehearsal(self.study, splits[seed], seed))
+            except TooFewSites as error:
+                # The charged run came through: resumed without the sites that a rehearsal loses again.
+                log.warning("no rehearsal of seed %d and after: %s", seed, error)
+                break
             self.display.advance()
         for seed in plan.seeds:
             if "local" in baselines:
-                self.scored.setdefault("local", []).append(local_scores(splits[seed], seed))
-                self.scored.setdefault("linear", []).append(own_linear_scores(splits[seed]))
+                self._baseline("local", seed, splits[seed], partial(local_scores, splits[seed], seed))
+                self._baseline("linear", seed, splits[seed], partial(own_linear_scores, splits[seed]))
                 self.display.advance()
             if "pooled" in baselines:
-                self.scored.setdefault("pooled", []).append(pooled_scores(splits[seed], seed))
+                self._baseline("pooled", seed, splits[seed], partial(pooled_scores, splits[seed], seed))
                 self.display.advance()
         for epsilon in plan.curve:
             for noise in kinds:
                 scored, variant = [], self._variant(epsilon, noise)
-                for seed in curve_seeds:
-                    scored.append(self._rehearsal(variant, splits[seed], seed))
-                    self.display.advance()
+                try:
+                    for seed in curve_seeds:
+                        scored.append(self._rehearsal(variant, splits[seed], seed))
+                        self.display.advance()
+                except TooFewSites as error:
+                    # Shared noise needs sites that local noise can do without.
+                    log.warning("no point at epsilon %g, %s noise: %s", epsilon, noise, error)
+                    continue
                 _, mean = self._intervals(scored)
                 self.curve.append(CurvePoint(epsilon=epsilon, noise=noise, mean=mean, seeds=len(scored)))
+
+    def _baseline(
+        self, arm: ArmName, seed: int, splits: Splits, compute: Callable[[], dict[str, Scored]]
+    ) -> None:
+        found = kept_scores(self.plan.kept, arm, splits, seed, compute)
+        self.scored.setdefault(arm, []).append(found)
 
     def _curve_kinds(self) -> list[Literal["local", "shared"]]:
         # Shares of noise add up only within one step.
@@ -283,7 +349,7 @@ class _Simulation:
     def _rehearsal(self, study: Study, splits: Splits, seed: int) -> dict[str, Scored]:
         if study.id == self.study.id and seed == self.seed:
             return self.scored["federated"][0]
-        run = prepare(study, splits, seed, public=self.plan.public)
+        run = prepare(study, splits, seed, drops=self.plan.drops, public=self.plan.public)
         try:
             run.start()
             return self.scorer(run.federation.model, splits)
@@ -441,7 +507,8 @@ class _Simulation:
         return " ".join(parts)
 
     def _labels(self) -> tuple[str, ...]:
-        labels = self.main.guarantee.simulation_labels
+        labels = (*self.main.guarantee.simulation_labels, *self.plan.labels)
+        labels = tuple(dict.fromkeys((*labels, *self.labels)))
         curve_only = CURATOR not in labels and any(point.noise == "shared" for point in self.curve)
         return (*labels, f"{CURATOR} (shared-noise curve)") if curve_only else labels
 

@@ -252,11 +252,24 @@ def test_fewer_than_two_units_a_site_are_refused(make_table):
 
 
 @pytest.mark.parametrize(
-    "how", ["natural", "dirichlet", "dirichlet:0", "dirichlet:-1", "dirichlet:nan", "dirichlet:x"]
+    "how",
+    [
+        "natural",
+        "dirichlet",
+        "dirichlet:0",
+        "dirichlet:-1",
+        "dirichlet:nan",
+        "dirichlet:x",
+        "label-skew:0.5",
+        "label-skew:inf",
+        "quantity-skew:0",
+        "quantity-skew",
+    ],
 )
 def test_an_unknown_partition_is_refused_with_those_there_are(make_table, how):
     """A misspelt flag is one clear line."""
-    with pytest.raises(ConfigError, match="allowed: iid, dirichlet:ALPHA"):
+    forms = "allowed: iid, dirichlet:ALPHA, label-skew:RATIO, quantity-skew:ALPHA"
+    with pytest.raises(ConfigError, match=forms):
         partition(make_table([0, 1] * 4), how, 2, rng())
 
 
@@ -264,3 +277,40 @@ def test_no_sites_are_refused(make_table):
     """Somebody must hold the records."""
     with pytest.raises(ConfigError, match="at least 1"):
         partition(make_table([0, 1]), "iid", 0, rng())
+
+
+def test_the_richest_site_has_ratio_times_the_rate_of_the_poorest(make_table):
+    """4 sites of 100, 150 positive, ratio 8: 10, 20, 40 and 80 of each 100."""
+    parts = partition(make_table([1] * 150 + [0] * 250), "label-skew:8", 4, rng())
+
+    assert [(part.positives, part.units) for part in parts] == [(10, 100), (20, 100), (40, 100), (80, 100)]
+
+
+@pytest.mark.parametrize(
+    ("positive", "ratio", "sites", "why"),
+    [
+        (300, 8, 4, "the richest would need more positives than it has units"),
+        (3, 8, 4, "the poorest would have none"),
+        (0, 1, 4, "there are none"),
+        (200, 8, 1, "one site has one rate"),
+    ],
+)
+def test_a_ratio_that_cannot_be_met_is_refused(make_table, positive, ratio, sites, why):
+    """With what the sites would have to hold."""
+    table = make_table([1] * positive + [0] * (400 - positive))
+
+    with pytest.raises(
+        DataError, match=f"{positive} positive of 400 units cannot make {sites} sites in ratio"
+    ):
+        partition(table, f"label-skew:{ratio}", sites, rng())
+
+
+def test_a_small_alpha_makes_large_and_small_sites(make_table):
+    """Sizes differ more the smaller alpha is; the share of positives does not."""
+    table = make_table([0, 1] * 1000)
+
+    apart = [part.units for part in partition(table, "quantity-skew:0.1", 5, rng())]
+    alike = [part.units for part in partition(table, "quantity-skew:1000", 5, rng())]
+
+    assert np.std(apart) > 300
+    assert np.std(alike) < 50
