@@ -6,7 +6,20 @@ from pathlib import Path
 import pytest
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.results import Interval, Promise, Results, read_results, schema, write_results
+from lepton_fl.results import (
+    Interval,
+    Promise,
+    Results,
+    Sweep,
+    SweepAxis,
+    SweepPoint,
+    read_results,
+    read_sweep,
+    schema,
+    sweep_schema,
+    write_results,
+    write_sweep,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,3 +124,56 @@ def test_what_cannot_be_read_names_the_command_that_writes_it(tmp_path, name):
 def test_the_published_schema_is_the_models():
     """docs/results.schema.json is generated; whoever changes the one changes the other."""
     assert (ROOT / "docs" / "results.schema.json").read_text(encoding="utf-8") == schema()
+
+
+@pytest.fixture
+def sweep():
+    values = {"a.b": True, "c.d": 1, "e.f": 0.5, "split": "iid"}
+    return Sweep(
+        status="incomplete",
+        labels=("SIMULATED",),
+        study_name="heart",
+        purpose="",
+        metric="auc",
+        axes=tuple(SweepAxis(key=key, values=(value,)) for key, value in values.items()),
+        points=(
+            SweepPoint(
+                name="p",
+                folder="points/p",
+                values=values,
+                study_id="0" * 64,
+                status="killed",
+                arms={"federated": Interval(mean=0.7, low=0.6, high=0.8)},
+            ),
+        ),
+        seeds=(0, 1),
+        options=("--dataset", "heart"),
+        command="lepton-fl simulate",
+        started="2026-01-01T00:00:00+00:00",
+        seconds=1.0,
+    )
+
+
+def test_a_sweep_is_read_as_it_was_written(sweep, tmp_path):
+    """A truth stays a truth, a whole number whole."""
+    write_sweep(sweep, tmp_path / "sweep.json")
+
+    found = read_sweep(tmp_path / "sweep.json")
+
+    assert found == sweep
+    assert [type(value) for value in found.points[0].values.values()] == [bool, int, float, str]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"format": "lepton-fl/results/1"}'])
+def test_what_is_no_sweep_is_refused(tmp_path, content):
+    """By the file's name and the format it lacks."""
+    path = tmp_path / "sweep.json"
+    path.write_bytes(content)
+
+    with pytest.raises(ConfigError, match=r"sweep.json: not a file of format lepton-fl/sweep/1"):
+        read_sweep(path)
+
+
+def test_the_published_schema_of_a_sweep_is_the_models():
+    """docs/sweep.schema.json is generated too."""
+    assert (ROOT / "docs" / "sweep.schema.json").read_text(encoding="utf-8") == sweep_schema()

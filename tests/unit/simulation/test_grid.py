@@ -23,7 +23,7 @@ def test_a_drop_is_a_site_and_rounds(text, drop):
 @pytest.mark.parametrize("text", ["bank-1", "@3", "bank-1@", "bank-1@x", "bank-1@5-3", "bank-1@-1", "b@1-"])
 def test_what_is_no_drop_is_refused(text):
     """With the form."""
-    with pytest.raises(ConfigError, match="--drop: found .* allowed: SITE@ROUND, or SITE@FIRST-LAST"):
+    with pytest.raises(ConfigError, match=r"--drop: found .* allowed: SITE@ROUND, or SITE@FIRST-LAST"):
         Drop.parse(text)
 
 

@@ -12,7 +12,7 @@ from lepton_fl.errors import BudgetExhausted, ConfigError, DataError, TooFewSite
 from lepton_fl.federation import PublicTable
 from lepton_fl.privacy import Ledger
 from lepton_fl.results import read_results
-from lepton_fl.simulation import freeze, simulate
+from lepton_fl.simulation import Drop, check_plan, freeze, simulate
 from lepton_fl.simulation.simulate import Silent
 from lepton_fl.study import Study, override
 from lepton_fl.tasks import model_hash
@@ -311,3 +311,78 @@ def test_no_seed_of_the_command_line_is_too_large(heart_plan, tmp_path):
 
     assert results.seeds == (2**80,)
     assert np.isfinite(results.arms[0].mean.mean)
+
+
+def test_a_drop_that_is_survived(heart_plan):
+    """Named by site and round, cheaper for the site, and the same in every rehearsal."""
+    study = override(heart_plan().study, {"secure_aggregation.min_survivors": 3})
+    plan = heart_plan(study=study, drops=(Drop(site="hungary", first=2),), seeds=(0, 1))
+
+    results = simulate(plan)
+
+    assert results.status == "completed"
+    assert [r.dropped for r in results.rounds] == [{}, *[{"hungary": "no answer before the deadline"}] * 2]
+    spent = {site.site: site.epsilon_run for site in results.sites}
+    assert spent["hungary"] < spent["cleveland"] == spent["switzerland"]
+    assert "simulated drops: hungary from round 2" in results.labels
+    assert results.arms[0].seeds == 2
+
+
+def test_a_drop_that_stops_the_run(heart_plan):
+    """With the quorum gone no round is kept; what was charged stays charged."""
+    drops = (Drop(site="hungary", first=2), Drop(site="cleveland", first=2))
+    study = override(heart_plan().study, {"secure_aggregation.min_survivors": 3})
+
+    results = simulate(heart_plan(study=study, drops=drops))
+
+    assert results.status == "stopped"
+    assert results.verdict.startswith("Stopped after 1 of 3 rounds.")
+    assert [sorted(r.dropped) for r in results.rounds[1:]] == [["cleveland", "hungary"]] * 2
+
+
+def test_a_curve_leaves_out_what_drops_make_impossible(heart_plan):
+    """Shared noise needs every site; local noise without secure aggregation does not."""
+    changes = {"privacy.noise": "local", "secure_aggregation.enabled": False}
+    study = override(heart_plan().study, changes)
+
+    results = simulate(heart_plan(study=study, drops=(Drop(site="hungary", first=1),), curve=(1.0,)))
+
+    assert results.status == "completed"
+    assert [(point.epsilon, point.noise) for point in results.curve] == [(1.0, "local")]
+
+
+def test_an_unknown_drop_is_refused_before_anything_is_charged(heart_plan):
+    """Nothing is written."""
+    plan = heart_plan(drops=(Drop(site="hungray", first=2),))
+
+    with pytest.raises(ConfigError, match="found 'hungray', allowed: a site of this run: cleveland, hungary"):
+        simulate(plan)
+
+    assert not plan.out.exists()
+
+
+def test_what_an_earlier_part_of_a_run_was_labelled_stays(heart_plan):
+    """Its rounds are in the results too."""
+    study = override(heart_plan().study, {"secure_aggregation.min_survivors": 3})
+    drops = (Drop(site="hungary", first=1, last=1),)
+    simulate(heart_plan(study=study, drops=drops), Interrupting(after=2))
+
+    results = simulate(heart_plan(study=study, resume=True))
+
+    assert results.rounds[0].dropped == {"hungary": "no answer before the deadline"}
+    assert "simulated drops: hungary from round 1 to 1" in results.labels
+
+
+def test_artificial_sites_are_called_so(heart_plan):
+    """No reader takes them for institutions."""
+    assert "artificial sites: one table cut 4 ways (iid)" in simulate(heart_plan(cut="iid")).labels
+
+
+def test_a_plan_is_checked_without_a_trace(heart_plan):
+    """As `simulate` would run it, and nothing is written."""
+    plan = heart_plan()
+
+    study = check_plan(plan)
+
+    assert study.train.expected_batch is not None
+    assert not plan.out.exists()
