@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from lepton_fl.cli.terminal import console, say
+from lepton_fl.report.wording import spent
 from lepton_fl.results import RoundSummary, Sweep, SweepPoint
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def _of_point(point: SweepPoint, metric: str) -> str:
     if mean is not None:
         parts.append(f"{metric} {mean:.3f}")
     if point.epsilon is not None:
-        parts.append(f"epsilon {point.epsilon:.2f}")
+        parts.append(f"epsilon {spent(point.epsilon)}")
     if point.seconds is not None:
         parts.append(f"{point.seconds:.0f} s")
     if point.reason:
