@@ -178,6 +178,10 @@ def _connect(source: Postgres, psycopg: Any) -> Any:
         "-c default_transaction_read_only=on -c TimeZone=UTC -c DateStyle=ISO "
         "-c extra_float_digits=1 -c bytea_output=hex"
     )
+    tls = {"sslmode": "disable"}
+    if source.encrypted:
+        authority = "system" if source.ca_file is None else str(source.ca_file)
+        tls = {"sslmode": "verify-full", "sslrootcert": authority}
     try:
         return psycopg.connect(
             host=source.host,
@@ -185,8 +189,7 @@ def _connect(source: Postgres, psycopg: Any) -> Any:
             dbname=source.dbname,
             user=source.user,
             password=password,
-            sslmode="verify-full" if source.encrypted else "disable",
-            sslrootcert="system" if source.ca_file is None else str(source.ca_file),
+            **tls,
             options=settings,
             connect_timeout=30,
             application_name="lepton_fl",

@@ -149,6 +149,11 @@ def test_a_socket_needs_no_certificate(source, contract, server):
     assert len(table) == 5
 
 
+def test_tls_may_be_left_out(source, contract):
+    """For whoever says so, because of a tunnel of their own."""
+    assert len(load(source(encrypted=False, ca_file=None), contract)) == 5
+
+
 @pytest.mark.parametrize(
     "query",
     [
