@@ -21,7 +21,7 @@ from lepton_fl.data.sources import DuckDB, ParquetFile, Postgres, Source, SQLite
 from lepton_fl.errors import ConfigError, ConnectionFailed, DataError
 
 DUCKDB_MEMORY = "1GiB"
-"""Of DuckDB itself, beyond which a query that sorts or joins goes to the scratch folder."""
+"""Of DuckDB itself; a query that sorts or joins more is refused (`OutOfMemoryException`)."""
 
 _DUCKDB: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": False,  # No code that the institution did not install.
@@ -30,7 +30,8 @@ _DUCKDB: dict[str, str | bool | int | float | list[str]] = {
     "allow_persistent_secrets": False,
     "python_enable_replacements": False,  # A table's name must not mean a variable of this program.
     "preserve_insertion_order": True,
-    "temp_file_encryption": True,
+    # Its temporary files would hold records in the clear, and stay there after a kill.
+    "temp_directory": "",
     "memory_limit": DUCKDB_MEMORY,
     "threads": 1,
 }
@@ -41,17 +42,15 @@ def read_duckdb(
     contract: Contract,
     columns: Mapping[str, str],
     batch_rows: int,
-    scratch: Path | None,
 ) -> Iterator[Batch]:
     """A Parquet file, or a query on a DuckDB file. Numbers are in their shortest exact form."""
     try:
         import duckdb
-        import pyarrow as pa  # noqa: F401 - duckdb hands batches over through it
+        import pyarrow as pa
     except ImportError:
         raise _missing(source, "duckdb and pyarrow", "data") from None
     _must_be_file(source.path)
-    config = {**_DUCKDB, "temp_directory": "" if scratch is None else str(scratch)}
-    with closing(duckdb.connect(":memory:", config=config)) as connection:
+    with closing(duckdb.connect(":memory:", config=_DUCKDB)) as connection:
         connection.execute("SET TimeZone = 'UTC'")
         parameters = None
         if isinstance(source, ParquetFile):
@@ -81,7 +80,8 @@ def read_duckdb(
         names = _names(found.columns, contract, source, columns)
         cells = ", ".join(f"coalesce(CAST({name} AS VARCHAR), '')" for name in _identifiers(names))
         wrapped = inner if parameters else f"FROM ({inner}\n)"
-        with _as_our_own(source, duckdb.Error, "cannot be read"):
+        # After the first batch an error comes through Arrow, in classes of its own.
+        with _as_our_own(source, (duckdb.Error, pa.ArrowException, OSError), "cannot be read"):
             for record in connection.sql(f"SELECT {cells} {wrapped}", params=parameters).to_arrow_reader(
                 batch_rows
             ):
@@ -247,7 +247,9 @@ def _broken(source: Source, error: Exception) -> DataError:
 
 
 @contextmanager
-def _as_our_own(source: Source, kind: type[Exception], what: str) -> Iterator[None]:
+def _as_our_own(
+    source: Source, kind: type[Exception] | tuple[type[Exception], ...], what: str
+) -> Iterator[None]:
     """A library's errors as ours, by class: the message may quote a cell."""
     try:
         yield

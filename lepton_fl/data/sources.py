@@ -137,14 +137,12 @@ def open_batches(
     contract: Contract,
     *,
     columns: Mapping[str, str] | None = None,
-    scratch: Path | None = None,
     batch_rows: int = BATCH_ROWS,
 ) -> Iterator[Batch]:
     """The columns that the contract needs, at most `batch_rows` rows at a time, from any source.
 
-    `columns` maps the study's names to the institution's own; `scratch` is a folder for what a query of a
-    DuckDB file must sort. Nothing is opened before the first batch is asked for. No error shows a cell or
-    a password.
+    `columns` maps the study's names to the institution's own. Nothing is opened before the first batch is
+    asked for. No error shows a cell or a password.
 
     Raises:
         ConfigError: a file, database, password or extra that is not there, a query that is refused or not
@@ -166,4 +164,4 @@ def open_batches(
     elif isinstance(source, Postgres):
         yield from databases.read_postgres(source, contract, named, batch_rows)
     else:
-        yield from databases.read_duckdb(source, contract, named, batch_rows, scratch)
+        yield from databases.read_duckdb(source, contract, named, batch_rows)

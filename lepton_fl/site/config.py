@@ -104,7 +104,7 @@ class _Runtime(Strict):
     memory_mib: Annotated[int, Field(ge=1)] = 256
     """Size above which an encoded table lies in unlinked files instead."""
     scratch: str | None = None
-    """Folder of those files, and of what a query must sort (default: `site.state`); relative to site.toml."""
+    """Folder of those files (default: `site.state`); relative to site.toml."""
 
 
 class SiteConfig(Strict):
@@ -116,8 +116,7 @@ class SiteConfig(Strict):
 
     def open_batches(self, contract: Contract, home: Path) -> Iterator[Batch]:
         """The site's table, batch by batch; `home` is the folder of site.toml."""
-        scratch = self.room(home).folder
-        return open_batches(self.data.at(home), contract, columns=self.data.columns, scratch=scratch)
+        return open_batches(self.data.at(home), contract, columns=self.data.columns)
 
     def room(self, home: Path) -> Room:
         """Where the encoded table is kept."""

@@ -271,6 +271,16 @@ def test_a_duckdb_error_never_shows_a_cell(as_duckdb, small):
     assert "secret" not in str(refused.value)
 
 
+def test_a_late_duckdb_error_never_shows_a_cell(as_duckdb, small):
+    """In a later batch it comes another way, and is the same to us."""
+    late = "CASE WHEN i = 150000 THEN 'secret-cell' ELSE '1' END"
+    query = f"SELECT CAST({late} AS INT) AS age, i % 2 AS ill FROM range(200000) AS r(i)"
+    with pytest.raises(DataError, match="cannot be read: ") as refused:
+        load(as_duckdb(query), small)
+
+    assert "secret" not in str(refused.value)
+
+
 def test_an_sqlite_error_never_shows_a_cell(as_sqlite, small):
     """By its class alone."""
     with pytest.raises(DataError, match="OperationalError") as refused:
