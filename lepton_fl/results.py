@@ -7,6 +7,8 @@ the same.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +17,7 @@ from pydantic import Field, ValidationError
 from lepton_fl.config import Strict
 from lepton_fl.errors import ConfigError
 from lepton_fl.files import write_atomic
+from lepton_fl.study import OperatingPoint
 
 FORMAT = "lepton-fl/results/1"
 ArmName = Literal["local", "linear", "federated", "pooled"]
@@ -40,6 +43,17 @@ class Interval(Strict):
         if self.low is None or self.high is None:
             return None
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+def wilson(hits: float, of: float) -> Interval:
+    """A share with its 95 % score interval (Wilson 1927); over the records, not over seeds."""
+    if of <= 0:
+        return Interval(mean=None)
+    z = 1.959964
+    share = hits / of
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return Interval(mean=share, low=max(0.0, middle - half), high=min(1.0, middle + half))
 
 
 class SiteSummary(Strict):
@@ -84,6 +98,127 @@ class RoundSummary(Strict):
     """Mean over sites of the study's metric on held-out records; only where it was looked at."""
 
 
+class RecallAt(Strict):
+    """The highest recall of any threshold at which at most `fpr` of the negatives are called positive.
+
+    A property of the ranking on the held-out records, so it carries no threshold anywhere. Not defined
+    where there are fewer than 1 / fpr negatives.
+    """
+
+    fpr: float
+    per_site: dict[str, Interval]
+    mean: Interval
+    """Mean over the sites where it is defined."""
+    all_records: Interval
+    """Over all held-out records as one list."""
+
+
+class Curve(Strict):
+    """Thresholds from the highest score down, thinned to what a chart can show. Columns of one length."""
+
+    fpr: tuple[float, ...]
+    recall: tuple[float, ...]
+    precision: tuple[float, ...]
+
+
+class TopRecords(Strict):
+    """Of the `records` with the highest scores, how many are positive."""
+
+    records: int
+    positives: float
+    """Records of one score come in random order: an expectation where the last of them are tied."""
+
+    @property
+    def precision(self) -> Interval:
+        """Share of positives, with its Wilson interval."""
+        return wilson(self.positives, self.records)
+
+
+class Bin(Strict):
+    """Records of neighbouring scores."""
+
+    records: int
+    positives: int
+    score: float
+    """Mean score: the share of positives that the model promises."""
+
+    @property
+    def observed(self) -> Interval:
+        """Share of positives, with its Wilson interval."""
+        return wilson(self.positives, self.records)
+
+
+class Calibration(Strict):
+    """Whether a score is the share of positives that it says."""
+
+    bins: tuple[Bin, ...]
+    """Equal numbers of records, lowest scores first."""
+    expected_error: float
+    """Expected calibration error: |score - observed| over the bins, weighted by records."""
+    log_loss: float
+    """Nats for each record."""
+    brier: float
+
+
+class Confusion(Strict):
+    """Held-out records by what they are and what they are called."""
+
+    true_positives: int
+    false_positives: int
+    false_negatives: int
+    true_negatives: int
+
+    @property
+    def records(self) -> int:
+        """All of them."""
+        return self.true_positives + self.false_positives + self.false_negatives + self.true_negatives
+
+    @property
+    def recall(self) -> Interval:
+        """With its Wilson interval, as those below."""
+        return wilson(self.true_positives, self.true_positives + self.false_negatives)
+
+    @property
+    def fpr(self) -> Interval:
+        """False positive rate: share of the negatives that are called positive."""
+        return wilson(self.false_positives, self.false_positives + self.true_negatives)
+
+    @property
+    def precision(self) -> Interval:
+        """Share of positives among those called positive."""
+        return wilson(self.true_positives, self.true_positives + self.false_positives)
+
+    def cost(self, false_negative: float, false_positive: float) -> float:
+        """Cost of each record, on average."""
+        return (false_negative * self.false_negatives + false_positive * self.false_positives) / self.records
+
+    @classmethod
+    def total(cls, parts: Iterable[Confusion]) -> Confusion:
+        """The counts of several, added up."""
+        counts = [list(part.model_dump().values()) for part in parts]
+        return cls(**dict(zip(cls.model_fields, map(sum, zip(*counts, strict=True)), strict=True)))
+
+
+class FirstSeed(Strict):
+    """An arm's scores of all held-out records of one seed: the first, whose run is the charged one."""
+
+    seed: int
+    records: int
+    positives: int
+    curve: Curve | None
+    """None where the records are of one class."""
+    top: tuple[TopRecords, ...]
+    calibration: Calibration
+    """As the model scores."""
+    recalibrated: Calibration | None = None
+    """After each site has scaled the scores by two numbers fitted to its own training records (Platt)."""
+    at_point: dict[str, Confusion | None] = {}
+    """Each site at the operating point, under a threshold set on its own training records alone.
+
+    None where these records cannot set one. Empty where it was not evaluated.
+    """
+
+
 class Arm(Strict):
     """One way to get a model, judged on the same held-out records as the others."""
 
@@ -95,6 +230,11 @@ class Arm(Strict):
     mean: Interval
     """Mean over the sites where the metric is defined."""
     seeds: int
+    all_records: Interval | None = None
+    """The metric over all held-out records as one list. Of the sites' own models this list holds scores
+    of different models, which were never meant to be compared with each other."""
+    recall: tuple[RecallAt, ...] = ()
+    first_seed: FirstSeed | None = None
 
 
 class CurvePoint(Strict):
@@ -144,6 +284,10 @@ class Results(Strict):
     purpose: str
     run_id: str
     metric: Literal["auc", "auprc"]
+    operating_point: OperatingPoint | None = None
+    """Where `Arm.first_seed.at_point` stands: the study's, or the report's own choice."""
+    operating_point_agreed: bool = False
+    """The study names it."""
     strategy: str
     model: ModelFile | None
     promise: Promise
@@ -158,8 +302,10 @@ class Results(Strict):
     curve: tuple[CurvePoint, ...] = ()
     seeds: tuple[int, ...]
     bootstrap: int
-    """Resamples behind every interval."""
+    """Resamples behind every interval: fewer where records are many."""
     command: str
+    data_sha256: str | None = None
+    """Over the sites' names and encoded tables, so that a second run can tell whether it read the same."""
     versions: dict[str, str]
     hardware: str
     started: str

@@ -48,11 +48,12 @@ class About(Strict):
 
 
 class OperatingPoint(Strict):
-    """Where on the ROC curve the model is meant to be used: one of three forms. Not evaluated yet."""
+    """Where on the ROC curve the model is meant to be used: one of three forms."""
 
     fpr: Fraction | None = None
     """False positive rate that the desk can bear."""
     alerts_per_day: Annotated[int, Field(gt=0)] | None = None
+    """Not evaluated: no study says how many records a day has."""
     cost_fn: Positive | None = None
     """Cost of one missed positive; needs `cost_fp`."""
     cost_fp: Positive | None = None

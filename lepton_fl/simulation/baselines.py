@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from lepton_fl.tasks.metrics import Scored
 LOCAL_LABEL = "own gradient boosting, no privacy"
 LINEAR_LABEL = "own logistic regression, no privacy"
 POOLED_LABEL = "gradient boosting on all records in one place, no privacy"
+FOLDS = 5
 
 
 def boosting_scores(train: Table, test: Table, seed: int) -> np.ndarray:
@@ -52,6 +54,31 @@ def linear_scores(train: Table, test: Table) -> np.ndarray:
     return score_N
 
 
+def out_of_fold(
+    train: Table, fit: Callable[[Table, Table], np.ndarray], rng: np.random.Generator
+) -> np.ndarray:
+    """Scores [N] of the training records themselves, each by a model that has not seen its unit.
+
+    `fit` trains on one table and scores another. A threshold or a calibration must not be set on scores of
+    records that boosting knows by heart: they would promise what no held-out record keeps.
+    """
+    folds = min(FOLDS, train.units)
+    if folds < 2:
+        return np.full(len(train), float(train.y_N.mean()))
+    positive_U = np.zeros(train.units, dtype=bool)
+    positive_U[train.unit_N[train.y_N == 1]] = True
+    # Units are dealt out in random order, those with positives first: each fold gets its share of them.
+    shuffled_U = rng.permutation(train.units)
+    order_U = shuffled_U[np.argsort(~positive_U[shuffled_U], kind="stable")]
+    fold_U = np.empty(train.units, dtype=np.int64)
+    fold_U[order_U] = np.arange(train.units) % folds
+    fold_N = fold_U[train.unit_N]
+    score_N = np.empty(len(train))
+    for fold in range(folds):
+        score_N[fold_N == fold] = fit(train.subset(fold_N != fold), train.subset(fold_N == fold))
+    return score_N
+
+
 def own_linear_scores(sites: Mapping[str, tuple[Table, Table]]) -> dict[str, Scored]:
     """Each site's held-out records, scored by logistic regression on its own training records alone."""
     return {name: (test.y_N, linear_scores(train, test)) for name, (train, test) in sites.items()}
@@ -66,3 +93,24 @@ def pooled_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[s
     """Each site's held-out records, scored by boosting on the training records of all sites."""
     everyone = pool([train for train, _ in sites.values()])
     return {name: (test.y_N, boosting_scores(everyone, test, seed)) for name, (_, test) in sites.items()}
+
+
+def own_linear_training_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
+    """Each site's training records, scored by logistic regression out of fold."""
+    rng = np.random.default_rng(seed)
+    return {name: (train.y_N, out_of_fold(train, linear_scores, rng)) for name, (train, _) in sites.items()}
+
+
+def local_training_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
+    """Each site's training records, scored by boosting out of fold."""
+    rng, fit = np.random.default_rng(seed), partial(boosting_scores, seed=seed)
+    return {name: (train.y_N, out_of_fold(train, fit, rng)) for name, (train, _) in sites.items()}
+
+
+def pooled_training_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
+    """Each site's training records, scored by boosting on all sites' training records out of fold."""
+    everyone = pool([train for train, _ in sites.values()])
+    score_N = out_of_fold(everyone, partial(boosting_scores, seed=seed), np.random.default_rng(seed))
+    ends = np.cumsum([len(train) for train, _ in sites.values()])[:-1]
+    parts = np.split(score_N, ends)
+    return {name: (train.y_N, part) for (name, (train, _)), part in zip(sites.items(), parts, strict=True)}

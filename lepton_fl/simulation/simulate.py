@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -47,10 +48,14 @@ from lepton_fl.simulation.baselines import (
     LOCAL_LABEL,
     POOLED_LABEL,
     local_scores,
+    local_training_scores,
     own_linear_scores,
+    own_linear_training_scores,
     pooled_scores,
+    pooled_training_scores,
 )
 from lepton_fl.simulation.grid import Drop
+from lepton_fl.simulation.judge import first_seed, recalls
 from lepton_fl.simulation.kept import kept_scores
 from lepton_fl.simulation.run import (
     Run,
@@ -61,9 +66,10 @@ from lepton_fl.simulation.run import (
     prepare,
     split_sites,
 )
-from lepton_fl.study import Study, check_delta, override
+from lepton_fl.study import OperatingPoint, Study, check_delta, override
 from lepton_fl.tasks import Arrays, model_hash
-from lepton_fl.tasks.metrics import RESAMPLES, Scored, evaluate, gain, intervals
+from lepton_fl.tasks.metrics import RESAMPLES, Bootstrap, Scored, evaluate
+from lepton_fl.tasks.operating import DEFAULT_FPR
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +225,9 @@ class _Simulation:
     display: Display
     rounds: list[RoundSummary] = field(default_factory=list)
     scored: dict[ArmName, list[dict[str, Scored]]] = field(default_factory=dict)
+    """Held-out records of every seed so far."""
+    trained: dict[ArmName, dict[str, Scored]] = field(default_factory=dict)
+    """Training records of the first seed: what a site sets its threshold and its calibration on."""
     curve: list[CurvePoint] = field(default_factory=list)
     status: Literal["completed", "interrupted", "stopped"] = "completed"
     labels: tuple[str, ...] = ()
@@ -296,7 +305,7 @@ class _Simulation:
         again, curve_seeds = len(plan.seeds) - 1, plan.seeds[:CURVE_SEEDS]
         self.display.stage(
             "comparing",
-            again + len(baselines) * len(plan.seeds) + len(plan.curve) * len(kinds) * len(curve_seeds),
+            again + len(baselines) * (len(plan.seeds) + 1) + len(plan.curve) * len(kinds) * len(curve_seeds),
         )
         splits = {seed: split_sites(plan.tables, self.study, seed) for seed in plan.seeds}
         for seed in plan.seeds[1:]:
@@ -315,6 +324,13 @@ class _Simulation:
             if "pooled" in baselines:
                 self._baseline("pooled", seed, splits[seed], partial(pooled_scores, splits[seed], seed))
                 self.display.advance()
+        if "local" in baselines:
+            self.trained["local"] = local_training_scores(self.splits, self.seed)
+            self.trained["linear"] = own_linear_training_scores(self.splits, self.seed)
+            self.display.advance()
+        if "pooled" in baselines:
+            self.trained["pooled"] = pooled_training_scores(self.splits, self.seed)
+            self.display.advance()
         for epsilon in plan.curve:
             for noise in kinds:
                 scored, variant = [], self._variant(epsilon, noise)
@@ -326,7 +342,7 @@ class _Simulation:
                     # Shared noise needs sites that local noise can do without.
                     log.warning("no point at epsilon %g, %s noise: %s", epsilon, noise, error)
                     continue
-                _, mean = self._intervals(scored)
+                _, mean, _ = self._bootstrap({"federated": scored}).judge("federated")
                 self.curve.append(CurvePoint(epsilon=epsilon, noise=noise, mean=mean, seeds=len(scored)))
 
     def _baseline(
@@ -395,8 +411,14 @@ class _Simulation:
         study, federation = self.study, self.main.federation
         if "federated" not in self.scored and federation.done > 0:
             self.scored["federated"] = [self.scorer(federation.model, self.splits)]
-        arms = self._arms()
-        best, gains, difference = self._gains(arms)
+        if "federated" in self.scored:
+            # As it is: with noise it knows them hardly better than other records.
+            own = {name: (train, train) for name, (train, _) in self.splits.items()}
+            self.trained["federated"] = self.scorer(federation.model, own)
+        bootstrap = self._bootstrap(self.scored)
+        point = study.task.operating_point or OperatingPoint(fpr=DEFAULT_FPR[study.task.metric])
+        arms = self._arms(bootstrap, point)
+        best, gains, difference = self._gains(arms, bootstrap)
         return Results(
             status=self.status,
             verdict=self._verdict(arms, gains, difference),
@@ -406,6 +428,8 @@ class _Simulation:
             purpose=study.study.purpose,
             run_id=federation.run_id,
             metric=study.task.metric,
+            operating_point=point,
+            operating_point_agreed=study.task.operating_point is not None,
             strategy=study.train.strategy,
             model=self._model_file() if federation.done else None,
             promise=self._promise(),
@@ -417,19 +441,19 @@ class _Simulation:
             gain=difference,
             curve=tuple(self.curve),
             seeds=self.plan.seeds,
-            bootstrap=self.plan.bootstrap,
+            bootstrap=bootstrap.resamples,
             command=self.plan.command,
+            data_sha256=_data_sha256(self.plan.tables),
             versions=_versions(),
             hardware=f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
             started=self.started.isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - self.began, 2),
         )
 
-    def _intervals(self, scored: list[dict[str, Scored]]) -> tuple[dict[str, Interval], Interval]:
-        rng = np.random.default_rng(self.seed)
-        return intervals(self.study.task.metric, scored, rng=rng, resamples=self.plan.bootstrap)
+    def _bootstrap(self, arms: Mapping[ArmName, list[dict[str, Scored]]]) -> Bootstrap[ArmName]:
+        return Bootstrap(self.study.task.metric, arms, seed=self.seed, resamples=self.plan.bootstrap)
 
-    def _arms(self) -> tuple[Arm, ...]:
+    def _arms(self, bootstrap: Bootstrap[ArmName], point: OperatingPoint) -> tuple[Arm, ...]:
         noise = self.main.guarantee.sentence()
         about: dict[ArmName, tuple[str, str]] = {
             "local": (LOCAL_LABEL, "records never leave the site; the model is not private"),
@@ -441,7 +465,7 @@ class _Simulation:
         for name, (label, privacy) in about.items():
             wanted = "local" if name == "linear" else name
             if wanted in self.plan.compare and self.scored.get(name):
-                per_site, mean = self._intervals(self.scored[name])
+                per_site, mean, all_records = bootstrap.judge(name)
                 arms.append(
                     Arm(
                         arm=name,
@@ -450,28 +474,27 @@ class _Simulation:
                         per_site=per_site,
                         mean=mean,
                         seeds=len(self.scored[name]),
+                        all_records=all_records,
+                        recall=recalls(bootstrap, name),
+                        first_seed=first_seed(
+                            self.seed, self.scored[name][0], self.trained.get(name, {}), point
+                        ),
                     )
                 )
         return tuple(arms)
 
-    def _gains(self, arms: tuple[Arm, ...]) -> tuple[dict[str, OwnArm], dict[str, Interval], Interval | None]:
+    def _gains(
+        self, arms: tuple[Arm, ...], bootstrap: Bootstrap[ArmName]
+    ) -> tuple[dict[str, OwnArm], dict[str, Interval], Interval | None]:
         """Each site's better own model, and federated minus it: by site, and their mean."""
-        seeds = min(len(self.scored.get(name, [])) for name in ("federated", "local", "linear"))
-        if seeds == 0:
+        if not all(self.scored.get(name) for name in ("federated", "local", "linear")):
             return {}, {}, None
         by_name = {arm.arm: arm.per_site for arm in arms}
         best: dict[str, OwnArm] = {
             site: "linear" if _below(by_name["local"][site].mean, by_name["linear"][site].mean) else "local"
             for site in self.splits
         }
-        theirs = [{site: self.scored[best[site]][s][site] for site in best} for s in range(seeds)]
-        per_site, mean = gain(
-            self.study.task.metric,
-            self.scored["federated"][:seeds],
-            theirs,
-            seed=self.seed,
-            resamples=self.plan.bootstrap,
-        )
+        per_site, mean = bootstrap.gain("federated", best)
         return best, per_site, mean
 
     def _verdict(self, arms: tuple[Arm, ...], gains: dict[str, Interval], difference: Interval | None) -> str:
@@ -585,6 +608,13 @@ def _first_refusal(run: Run) -> LeptonError:
     first = refusing[0].refusals[0]
     more = f" (and {len(refusing) - 1} more sites)" if len(refusing) > 1 else ""
     return type(first)(f"site {refusing[0].name}: {first.message}{more}", fix=first.fix)
+
+
+def _data_sha256(tables: Mapping[str, Table]) -> str:
+    digest = hashlib.sha256(b"lepton-fl/tables/1\n")
+    for name in sorted(tables):
+        digest.update(f"{name} {tables[name].fingerprint}\n".encode())
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

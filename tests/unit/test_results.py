@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from scipy.stats import binomtest
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.results import (
@@ -17,6 +18,7 @@ from lepton_fl.results import (
     read_sweep,
     schema,
     sweep_schema,
+    wilson,
     write_results,
     write_sweep,
 )
@@ -177,3 +179,19 @@ def test_what_is_no_sweep_is_refused(tmp_path, content):
 def test_the_published_schema_of_a_sweep_is_the_models():
     """docs/sweep.schema.json is generated too."""
     assert (ROOT / "docs" / "sweep.schema.json").read_text(encoding="utf-8") == sweep_schema()
+
+
+@pytest.mark.parametrize(("hits", "of"), [(0, 10), (10, 10), (5, 10), (1, 1000)])
+def test_wilson_interval_is_scipys(hits, of):
+    """Also where nothing, or everything, was hit."""
+    expected = binomtest(hits, of).proportion_ci(method="wilson")
+
+    found = wilson(hits, of)
+
+    assert found.mean == hits / of
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_a_share_of_nothing_is_not_defined():
+    """Neither 0 nor 1."""
+    assert wilson(0, 0).mean is None

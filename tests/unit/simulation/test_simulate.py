@@ -386,3 +386,47 @@ def test_a_plan_is_checked_without_a_trace(heart_plan):
 
     assert study.train.expected_batch is not None
     assert not plan.out.exists()
+
+
+def test_every_arm_is_judged_beyond_its_metric(heart_plan):
+    """Recall at low rates, all records as one list, curve, operating point and calibration, for each arm."""
+    results = simulate(heart_plan(compare=("local", "federated", "pooled")))
+
+    assert [arm.arm for arm in results.arms] == ["local", "linear", "federated", "pooled"]
+    records = sum(site.test_records for site in results.sites)
+    for arm in results.arms:
+        assert [recall.fpr for recall in arm.recall] == [0.001, 0.01, 0.1]
+        assert arm.recall[0].mean.mean is None
+        assert 0 <= arm.recall[2].mean.mean <= 1
+        first = arm.first_seed
+        assert (first.seed, first.records) == (0, records)
+        assert set(first.at_point) == set(HOSPITALS)
+        assert first.at_point["cleveland"].records == results.sites[0].test_records
+        assert sum(b.records for b in first.recalibrated.bins) == records
+
+
+def test_operating_point_is_the_studys(heart_plan):
+    """Or, where it names none, 10 % false alarms for AUC; alerts a day cannot be evaluated."""
+    study = heart_plan().study
+    alerts = override(study, {"task.operating_point": {"alerts_per_day": 20}})
+
+    default = simulate(heart_plan())
+    asked = simulate(heart_plan(study=alerts, out=heart_plan().out.with_name("alerts")))
+
+    assert (default.operating_point.fpr, default.operating_point_agreed) == (0.1, False)
+    assert (asked.operating_point.alerts_per_day, asked.operating_point_agreed) == (20, True)
+    assert default.arms[0].first_seed.at_point
+    assert not asked.arms[0].first_seed.at_point
+
+
+def test_results_tell_whether_the_data_are_the_same(heart_plan, tmp_path):
+    """The digest depends on the records, and on nothing else of the run."""
+    plan = heart_plan()
+    fewer = {name: table.subset(np.arange(len(table)) > 0) for name, table in plan.tables.items()}
+
+    one, same, other = (
+        simulate(heart_plan(out=tmp_path / name, **more)).data_sha256
+        for name, more in (("a", {}), ("b", {"seeds": (1,)}), ("c", {"tables": fewer}))
+    )
+
+    assert one == same != other

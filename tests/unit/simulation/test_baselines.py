@@ -1,0 +1,77 @@
+"""Scores of training records that promise no more than held-out records keep."""
+
+import numpy as np
+import pytest
+
+from lepton_fl.simulation.baselines import (
+    FOLDS,
+    boosting_scores,
+    linear_scores,
+    local_training_scores,
+    out_of_fold,
+    own_linear_training_scores,
+    pooled_training_scores,
+)
+
+
+@pytest.fixture
+def by_unit(tables):
+    """Site `d` with two records of each unit."""
+    table = tables["d"]
+    return table.subset(np.repeat(np.arange(len(table)), 2))
+
+
+def test_every_record_is_scored_by_who_has_not_seen_its_unit(by_unit):
+    """Both records of a unit are in one fold, and in no table that trains for it."""
+    seen = []
+
+    def fit(train, test):
+        assert not {k.tobytes() for k in train.key_U} & {k.tobytes() for k in test.key_U}
+        seen.append(len(test))
+        return test.x_NF[:, 0].astype(float)
+
+    score_N = out_of_fold(by_unit, fit, np.random.default_rng(0))
+
+    assert len(seen) == FOLDS
+    assert np.array_equal(score_N, by_unit.x_NF[:, 0])
+
+
+def test_each_fold_has_its_share_of_positive_units(tables):
+    """Rare positives dealt out at random would leave folds without any."""
+    positives = []
+
+    def fit(train, test):
+        positives.append(test.positives)
+        return np.zeros(len(test))
+
+    out_of_fold(tables["d"], fit, np.random.default_rng(0))
+
+    assert max(positives) - min(positives) <= 1
+
+
+def test_one_unit_is_scored_by_the_base_rate(tables):
+    """There is nobody else to learn from."""
+    alone = tables["a"].subset(np.zeros(3, dtype=np.int64))
+
+    assert set(out_of_fold(alone, linear_scores, np.random.default_rng(0))) == {alone.y_N[0]}
+
+
+def test_boosting_knows_its_own_records_by_heart(splits):
+    """Scored by the model that learnt them they are nearer to their labels than any other record."""
+    train, _ = splits["d"]
+    in_fold_N = boosting_scores(train, train, 0)
+
+    y_N, score_N = local_training_scores(splits, 0)["d"]
+
+    assert np.array_equal(y_N, train.y_N)
+    assert np.abs(in_fold_N - y_N).mean() < np.abs(score_N - y_N).mean() * 0.8
+
+
+def test_every_arm_scores_every_training_record(splits):
+    """In the order of the site's own table."""
+    for scores in (own_linear_training_scores(splits, 0), pooled_training_scores(splits, 0)):
+        for site, (train, _) in splits.items():
+            y_N, score_N = scores[site]
+            assert np.array_equal(y_N, train.y_N)
+            assert score_N.shape == y_N.shape
+            assert score_N[y_N == 1].mean() > score_N[y_N == 0].mean()
