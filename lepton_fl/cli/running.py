@@ -247,11 +247,32 @@ def _summary(results: Results, folder: Path) -> None:
         rows,
         right=(1,),
     )
+    if results.metric == "auprc":
+        _recalls(results)
     typer.echo(results.verdict)
     typer.echo(_promise(results))
     if results.model is not None:
         typer.echo(f"model sha256 {results.model.sha256}")
     typer.echo(f"report {folder / 'report.html'}   results {folder / 'results.json'}")
+
+
+def _recalls(results: Results) -> None:
+    """What a fraud desk asks first: how much is found at the false alarms that it can bear."""
+    brief = console().width < WIDE
+    found = {arm.arm: {r.fpr: r.mean for r in arm.recall} for arm in results.arms}
+    rates = sorted({fpr for recall in found.values() for fpr in recall})
+    rows = [
+        [
+            f"{100 * fpr:g} % FPR",
+            *(
+                _figure(found[arm][fpr], brief=brief) if fpr in found.get(arm, {}) else "-"
+                for arm in _COLUMNS
+            ),
+        ]
+        for fpr in rates
+    ]
+    if rows:
+        print_table("Recall, mean of the sites", ["at", *_COLUMNS.values()], rows)
 
 
 def _figure(value: Interval | None, *, brief: bool) -> str:

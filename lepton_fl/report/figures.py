@@ -12,8 +12,8 @@ from html import escape
 from typing import Any
 
 from lepton_fl.report import wording
-from lepton_fl.report.findings import OWN, arm, better, comparisons
-from lepton_fl.results import CurvePoint, Interval, Results, RoundSummary
+from lepton_fl.report.findings import OWN, arm, better, comparisons, first_seeds, fprs, rare, recall_at
+from lepton_fl.results import Arm, Curve, CurvePoint, FirstSeed, Interval, Results, RoundSummary
 
 Figure = dict[str, Any]
 
@@ -167,38 +167,255 @@ def epsilon_by_round(results: Results) -> Figure:
 
 
 def time_line(results: Results) -> Figure:
-    """Seconds of each round; rounds that lost a site stand out."""
+    """A row for each site, a mark for each round: took part, dropped, or the round was lost."""
+    rows = [site.site for site in results.sites]
+    states: dict[str, list[tuple[str, RoundSummary]]] = {"in": [], "dropped": [], "lost": []}
     traces: list[Figure] = []
-    for name, colour, rounds in (
-        ("all sites in", "--calm", [r for r in results.rounds if not r.dropped]),
-        ("a site was dropped", "--warning", [r for r in results.rounds if r.dropped]),
-    ):
-        if rounds:
+    marks: list[tuple[str, str, Figure]] = [
+        ("in", "took part", {"symbol": "square", "color": "--calm", "size": 6}),
+        ("dropped", "dropped", {"symbol": "x", "color": "--warning", "size": 9}),
+        ("lost", "answered, but the round was lost", {"symbol": "diamond", "color": "--pooled", "size": 8}),
+    ]
+    for site in rows:
+        for summary in results.rounds:
+            if site in summary.dropped:
+                states["dropped"].append((site, summary))
+            elif site in summary.sites:
+                states["in"].append((site, summary))
+            elif not summary.sites and _was_asked(results, site):
+                states["lost"].append((site, summary))
+    for state, label, marker in marks:
+        found = states[state]
+        if found:
             traces.append(
                 {
-                    "type": "bar",
-                    "name": name,
-                    "x": [r.round for r in rounds],
-                    "y": [r.seconds for r in rounds],
-                    "marker": {"color": colour},
-                    "customdata": [_round(r) for r in rounds],
-                    "hovertemplate": "round %{x}<br>%{customdata}<extra></extra>",
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": label,
+                    "x": [summary.round for _, summary in found],
+                    "y": [_text(site) for site, _ in found],
+                    "marker": marker,
+                    "customdata": [_mark(label, site, summary) for site, summary in found],
+                    "hovertemplate": "round %{x}, %{y}<br>%{customdata}<extra></extra>",
                 }
             )
-    layout = _layout(height=260)
+    layout = _layout(height=110 + 26 * len(rows))
     layout |= {
-        "barmode": "overlay",
-        "bargap": 0.15,
-        "xaxis": _round_axis(results),
-        "yaxis": _axis(title="seconds", rangemode="tozero", automargin=True),
+        "xaxis": _round_axis(results) | {"zeroline": False, "range": [0.3, results.rounds[-1].round + 0.7]},
+        "yaxis": _axis(
+            type="category",
+            categoryorder="array",
+            categoryarray=[_text(site) for site in rows][::-1],
+            range=[-0.6, len(rows) - 0.4],
+            showgrid=False,
+            automargin=True,
+            tickvals=[_text(site) for site in rows],
+            ticktext=[_text(_short(site)) for site in rows],
+        ),
     }
     return {"data": traces, "layout": layout}
 
 
-def _round(summary: RoundSummary) -> str:
-    lines = [wording.duration(summary.seconds), wording.count(len(summary.sites), "site") + " in"]
-    lines += [f"{_text(site)}: {_text(why)}" for site, why in summary.dropped.items()]
-    return "<br>".join(lines)
+def _was_asked(results: Results, site: str) -> bool:
+    """It took part in the run, and was not turned away before the first round."""
+    return any(site in summary.sites or site in summary.dropped for summary in results.rounds)
+
+
+def _mark(label: str, site: str, summary: RoundSummary) -> str:
+    why = summary.dropped.get(site)
+    return f"{label}{': ' + _text(why) if why else ''}, {wording.duration(summary.seconds)}"
+
+
+def precision_recall(results: Results) -> Figure:
+    """Precision against recall of each arm, over all held-out records of one seed."""
+    seen = _curves(results)
+    traces: list[Figure] = []
+    for found, _, curve in seen:
+        # A recall is reached at the precision of the next threshold down: vertical first.
+        traces.append(
+            _curve(found, list(curve.recall), list(curve.precision), "vh")
+            | {"hovertemplate": "%{fullData.name}<br>recall %{x:.3f}, precision %{y:.3f}<extra></extra>"}
+        )
+    _, first, _ = seen[0]
+    prevalence = first.positives / first.records
+    layout = _half_layout()
+    layout |= {
+        "xaxis": _axis(title="recall", range=[0, 1.01]),
+        "yaxis": _axis(title="precision", range=[0, 1.02], automargin=True),
+        "shapes": [_horizontal(prevalence)],
+        "annotations": [
+            _note(f"share of positives {wording.percent(prevalence)}", y=prevalence)
+            | {"x": 1, "xshift": 0, "xanchor": "right", "yanchor": "bottom"}
+        ],
+    }
+    return {"data": traces, "layout": layout}
+
+
+def roc(results: Results) -> Figure:
+    """Recall against the logarithm of the false positive rate: alarms are dear, so the left end counts."""
+    seen = _curves(results)
+    _, first, _ = seen[0]
+    low = max(1 / (first.records - first.positives), 1e-4)
+    traces: list[Figure] = []
+    for found, _, curve in seen:
+        start = max((r for f, r in zip(curve.fpr, curve.recall, strict=True) if f <= low), default=0.0)
+        points = [(f, r) for f, r in zip(curve.fpr, curve.recall, strict=True) if f > low]
+        # A rate that may not be exceeded buys the recall of the last threshold within it: horizontal first.
+        traces.append(
+            _curve(found, [low, *(f for f, _ in points)], [start, *(r for _, r in points)], "hv")
+            | {"hovertemplate": "%{fullData.name}<br>FPR %{x:.2%}, recall %{y:.3f}<extra></extra>"}
+        )
+    steps = [low ** (1 - i / 40) for i in range(41)]
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "chance",
+            "x": steps,
+            "y": steps,
+            "line": {"color": "--soft", "width": 1, "dash": "dot"},
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
+    )
+    ticks = [t for t in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) if t >= low]
+    layout = _half_layout()
+    layout |= {
+        "xaxis": _axis(
+            title="false positive rate (logarithmic)",
+            type="log",
+            range=[math.log10(low), 0.01],
+            ticklabeloverflow="allow",
+            tickvals=ticks,
+            ticktext=[wording.percent(t) for t in ticks],
+        ),
+        "yaxis": _axis(title="recall", range=[0, 1.02], automargin=True),
+    }
+    return {"data": traces, "layout": layout}
+
+
+def recall_at_fpr(results: Results) -> Figure:
+    """Recall of each arm at low false positive rates, mean of the sites, with whiskers."""
+    rates = fprs(results)
+    names = [f"at {wording.percent(fpr)} FPR" for fpr in rates]
+    traces: list[Figure] = []
+    defined: set[float] = set()
+    for name in ARMS:
+        found = arm(results, name)
+        if found is None or not found.recall:
+            continue
+        intervals = [r.mean if (r := recall_at(found, fpr)) else None for fpr in rates]
+        defined |= {fpr for fpr, i in zip(rates, intervals, strict=True) if i and i.mean is not None}
+        traces.append(
+            {
+                "type": "bar",
+                "name": _text(wording.ARM[name]),
+                "x": names,
+                "y": [i.mean if i else None for i in intervals],
+                "error_y": _whiskers(intervals),
+                "marker": {"color": f"--{name}"},
+                "customdata": [wording.recall(i) for i in intervals],
+                "hovertemplate": "%{fullData.name}, recall %{x}<br>%{customdata}<extra></extra>",
+            }
+        )
+    layout = _layout(height=320)
+    layout |= {
+        "barmode": "group",
+        "bargap": 0.25,
+        "bargroupgap": 0.08,
+        "xaxis": _axis(type="category", categoryorder="array", categoryarray=names, showgrid=False)
+        | {"range": [-0.5, len(names) - 0.5]},
+        "yaxis": _axis(title="recall", range=[0, 1.02], automargin=True),
+        "annotations": [
+            _note("not defined", y="")
+            | {"x": name, "y": 0.02, "xshift": 0, "xanchor": "center", "align": "center", "yanchor": "bottom"}
+            for fpr, name in zip(rates, names, strict=True)
+            if fpr not in defined
+        ],
+    }
+    return {"data": traces, "layout": layout}
+
+
+def reliability(results: Results, *, scaled: bool) -> Figure:
+    """Observed share of positives against the score that promised it; perfect on the diagonal.
+
+    Logarithmic where positives are rare: nine bins of ten would lie in one corner.
+    """
+    seen = list(first_seeds(results).values())
+    logarithmic = rare(results)
+    # Side by side, before and after need the same axes.
+    both = [c for _, f in seen for c in (f.calibration, f.recalibrated) if c]
+    shares = [v for c in both for b in c.bins for v in (b.score, b.observed.mean) if v]
+    low = max(min(shares, default=1e-5) / 1.5, 1e-5) if logarithmic else 0.0
+    ends = [low, min(1.0, 1.05 * max([b.observed.high or 1.0 for c in both for b in c.bins] + shares))]
+    traces: list[Figure] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "perfect",
+            "x": ends,
+            "y": ends,
+            "line": {"color": "--soft", "width": 1, "dash": "dot"},
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
+    ]
+    for found, first in seen:
+        calibration = first.recalibrated if scaled else first.calibration
+        # On a logarithmic axis there is no place for nothing.
+        bins = [b for b in calibration.bins if b.positives or not logarithmic] if calibration else []
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": _text(wording.ARM[found.arm]),
+                "x": [b.score for b in bins],
+                "y": [b.observed.mean for b in bins],
+                # Forty whiskers would hide each other; those of the other arms are in the hover text.
+                "error_y": _whiskers([b.observed for b in bins] if found.arm == "federated" else [])
+                | {"color": f"--{found.arm}", "width": 0},
+                "line": {"color": f"--{found.arm}", "width": 2},
+                "marker": {"size": 6},
+                "customdata": [
+                    f"{wording.share(b.observed)} of {wording.count(b.records, 'record')}" for b in bins
+                ],
+                "hovertemplate": "%{fullData.name}<br>score %{x:.3g}<br>share %{customdata}<extra></extra>",
+            }
+        )
+    axis: Figure = {"range": ends}
+    if logarithmic:
+        ticks = [10.0**power for power in range(-5, 1) if ends[0] <= 10.0**power <= ends[1]]
+        axis = {
+            "type": "log",
+            "range": [math.log10(end) for end in ends],
+            "tickvals": ticks,
+            "ticktext": [wording.percent(tick) for tick in ticks],
+        }
+    layout = _half_layout()
+    layout |= {
+        "xaxis": _axis(title="mean score", **axis),
+        "yaxis": _axis(title="share of positives", automargin=True, **axis),
+    }
+    return {"data": traces, "layout": layout}
+
+
+def _curves(results: Results) -> list[tuple[Arm, FirstSeed, Curve]]:
+    return [(found, f, f.curve) for found, f in first_seeds(results).values() if f.curve is not None]
+
+
+def _curve(found: Arm, x: list[float], y: list[float], shape: str) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": _text(wording.ARM[found.arm]),
+        "x": x,
+        "y": y,
+        "line": {
+            "color": f"--{found.arm}",
+            "width": 2.5 if found.arm == "federated" else 1.75,
+            "shape": shape,
+        },
+    }
 
 
 def _line_with_band(points: list[CurvePoint], label: str, symbol: str, *, colour: str) -> list[Figure]:
@@ -284,6 +501,14 @@ def _layout(*, height: int) -> Figure:
     }
 
 
+def _half_layout() -> Figure:
+    """Of a chart that stands beside another: its legend in small type, or it would take half the height."""
+    layout = _layout(height=380)
+    layout["legend"] |= {"font": {"size": 12}}
+    layout["margin"] |= {"r": 28}
+    return layout
+
+
 def _axis(*, title: str = "", **options: Any) -> Figure:
     axis: Figure = {
         "fixedrange": True,
@@ -302,7 +527,7 @@ def _round_axis(results: Results) -> Figure:
     return _axis(title="round", showgrid=False, **ticks)
 
 
-def _note(text: str, *, y: str) -> Figure:
+def _note(text: str, *, y: str | float) -> Figure:
     return {
         "text": text,
         "x": 0,
@@ -326,6 +551,10 @@ def _vertical(x: float) -> Figure:
         "yref": "paper",
         "line": {"color": "--soft", "width": 1, "dash": "dot"},
     }
+
+
+def _horizontal(y: float) -> Figure:
+    return _vertical(0) | {"x0": 0, "x1": 1, "xref": "paper", "y0": y, "y1": y, "yref": "y"}
 
 
 def _short(name: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from lepton_fl.results import Arm, Interval, Results, SiteSummary
+from lepton_fl.results import Arm, Confusion, FirstSeed, Interval, RecallAt, Results, SiteSummary
 
 OWN: tuple[Literal["local", "linear"], ...] = ("local", "linear")
 """The arms of a site's own model, without us."""
@@ -170,3 +170,50 @@ def most_spent(results: Results) -> MostSpent | None:
         if site.epsilon_spent is not None
     ]
     return max(found, key=lambda m: m.share, default=None)
+
+
+def first_seeds(results: Results) -> dict[str, tuple[Arm, FirstSeed]]:
+    """The arms with one seed's scores, by name, in the order of the run."""
+    return {a.arm: (a, a.first_seed) for a in results.arms if a.first_seed is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtPoint:
+    """An arm at the operating point: the held-out records of all sites that could set a threshold."""
+
+    arm: Arm
+    total: Confusion
+    sites: tuple[str, ...]
+
+
+def at_point(results: Results) -> tuple[AtPoint, ...]:
+    """The arms that some site could set a threshold for."""
+    found = []
+    for arm_, first in first_seeds(results).values():
+        counted = {site: part for site, part in first.at_point.items() if part is not None}
+        if counted:
+            found.append(AtPoint(arm=arm_, total=Confusion.total(counted.values()), sites=tuple(counted)))
+    return tuple(found)
+
+
+def without_threshold(results: Results) -> tuple[str, ...]:
+    """The sites whose training records cannot set a threshold; by the federated arm or whatever there is."""
+    for _, first in first_seeds(results).values():
+        if first.at_point:
+            return tuple(site for site, part in first.at_point.items() if part is None)
+    return ()
+
+
+def recall_at(found: Arm, fpr: float) -> RecallAt | None:
+    """The arm's recall at that false positive rate."""
+    return next((r for r in found.recall if r.fpr == fpr), None)
+
+
+def fprs(results: Results) -> tuple[float, ...]:
+    """The false positive rates at which recall was told, lowest first."""
+    return tuple(sorted({r.fpr for a in results.arms for r in a.recall}))
+
+
+def rare(results: Results) -> bool:
+    """Fewer than one record in twenty is positive."""
+    return any(first.positives < first.records / 20 for _, first in first_seeds(results).values())

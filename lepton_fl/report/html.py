@@ -37,6 +37,12 @@ def render_html(results: Results) -> str:
         most=findings.most_spent(results),
         gap=findings.difference(_mean(results, "pooled"), _mean(results, "federated")),
         gain=findings.gain(results),
+        rare=findings.rare(results),
+        seen=findings.first_seeds(results),
+        fprs=findings.fprs(results),
+        recall_at=findings.recall_at,
+        at_point=findings.at_point(results),
+        without_threshold=findings.without_threshold(results),
         w=wording,
     )
 
@@ -46,6 +52,16 @@ def _figures(results: Results) -> dict[str, figures.Figure]:
     drawn: dict[str, figures.Figure] = {}
     if results.arms and results.sites:
         drawn["by-site"] = figures.by_site(results)
+    seen = findings.first_seeds(results)
+    if any(first.curve for _, first in seen.values()):
+        drawn["precision-recall"] = figures.precision_recall(results)
+        drawn["roc"] = figures.roc(results)
+    if findings.fprs(results):
+        drawn["recall-at"] = figures.recall_at_fpr(results)
+    if seen:
+        drawn["calibration-before"] = figures.reliability(results, scaled=False)
+    if any(first.recalibrated for _, first in seen.values()):
+        drawn["calibration-after"] = figures.reliability(results, scaled=True)
     if any(p.epsilon > 0 and p.mean.mean is not None for p in results.curve):
         drawn["against-epsilon"] = figures.against_epsilon(results)
     if any(r.epsilon is not None for r in results.rounds):

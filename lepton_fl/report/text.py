@@ -6,14 +6,26 @@ import re
 
 from lepton_fl.report import wording
 from lepton_fl.report.figures import ARMS
-from lepton_fl.report.findings import Comparison, arm, by_advice, comparisons, gain, most_spent
+from lepton_fl.report.findings import (
+    Comparison,
+    arm,
+    at_point,
+    by_advice,
+    comparisons,
+    first_seeds,
+    fprs,
+    gain,
+    most_spent,
+    recall_at,
+    without_threshold,
+)
 from lepton_fl.results import Results
 
 _SPECIAL = re.compile(r"([\\`*_\[\]#|~$])")
 
 
 def render_markdown(results: Results) -> str:
-    """Verdict, table by site, the privacy line and how to reproduce.
+    """Verdict, table by site, operating point, calibration, the privacy line and how to reproduce.
 
     Names from the study and the sites are escaped: they can open no tag and no table cell.
     """
@@ -25,12 +37,15 @@ def render_markdown(results: Results) -> str:
         lines += ["> " + " · ".join(f"**{_plain(label)}**" for label in labels), ""]
     lines += [_plain(results.verdict), ""]
     lines += _sites(results)
+    lines += _operating(results)
+    lines += _calibration(results)
     lines += ["## Privacy", "", *_privacy(results), ""]
     lines += ["## Reproduce", "", f"    {_one_line(results.command)}", ""]
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     lines += [
         f"- study id `{_code(results.study_id)}`, run `{_code(results.run_id)}`",
         f"- model SHA-256 `{_code(results.model.sha256)}`" if results.model else "- no model",
+        f"- data SHA-256 `{_code(results.data_sha256)}`" if results.data_sha256 else "- data not known",
         f"- seeds {', '.join(map(str, results.seeds))}; {_plain(versions)}",
         f"- {_plain(results.hardware)}",
         f"- started {_plain(results.started)}, took {wording.duration(results.seconds)}",
@@ -68,6 +83,72 @@ def _sites(results: Results) -> list[str]:
         explained = f" {wording.OWN_BEST}" if named["local"] and named["linear"] else ""
         lines += ["", f"{told[0].upper()}{told[1:]}.{explained}"]
     return [*lines, "", wording.evidence(results), ""]
+
+
+def _operating(results: Results) -> list[str]:
+    rates = fprs(results)
+    if not rates:
+        return []
+    arms = [a for a in results.arms if a.recall]
+    lines = ["## Operating point", "", wording.operating_point(results), ""]
+    found = at_point(results)
+    if found:
+        lines += [
+            "| per 10,000 records | found | missed | false alarms | recall | precision | FPR achieved |",
+            "|---|---:|---:|---:|---|---|---|",
+        ]
+        for point in found:
+            c = point.total
+            cells = [
+                wording.ARM[point.arm.arm],
+                *(
+                    wording.per_10000(n, c.records)
+                    for n in (c.true_positives, c.false_negatives, c.false_positives)
+                ),
+                wording.share(c.recall),
+                wording.share(c.precision),
+                wording.rate(c.fpr),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        left_out = without_threshold(results)
+        named = f" Left out: {', '.join(map(_plain, left_out))}." if left_out else ""
+        records = wording.count(found[0].total.records, "held-out record")
+        lines += [
+            "",
+            f"{wording.thresholds(results)} n = {records}, one seed, 95 % Wilson intervals.{named}",
+            "",
+        ]
+    heads = " | ".join(wording.ARM[a.arm] for a in arms)
+    lines += [f"| recall, mean of the sites | {heads} |", f"|---|{'---|' * len(arms)}"]
+    for fpr in rates:
+        recalls = [recall_at(a, fpr) for a in arms]
+        cells = [wording.recall(r.mean if r else None) for r in recalls]
+        lines.append(f"| at {wording.percent(fpr)} FPR | {' | '.join(cells)} |")
+    return [*lines, "", wording.recall_undefined(rates), ""]
+
+
+def _calibration(results: Results) -> list[str]:
+    seen = first_seeds(results)
+    if not seen:
+        return []
+    lines = [
+        "## Calibration",
+        "",
+        "| before -> after scaling at each site | expected error | log-loss | Brier score |",
+        "|---|---|---|---|",
+    ]
+    for found, first in seen.values():
+        pairs = [c for c in (first.calibration, first.recalibrated) if c]
+        cells = [
+            " -> ".join(f"{value:.4f}" for value in values)
+            for values in (
+                [c.expected_error for c in pairs],
+                [c.log_loss for c in pairs],
+                [c.brier for c in pairs],
+            )
+        ]
+        lines.append(f"| {wording.ARM[found.arm]} | {' | '.join(cells)} |")
+    return [*lines, "", wording.one_seed(next(iter(seen.values()))[1]), ""]
 
 
 def _advice(row: Comparison) -> str:

@@ -5,11 +5,12 @@ Nothing here escapes: that is done where the text is written, by the rules of th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from lepton_fl.report.findings import Advice
-from lepton_fl.results import Interval, Promise, Results
+from lepton_fl.results import Arm, FirstSeed, Interval, Promise, RecallAt, Results
 
 METRIC = {"auc": "AUC", "auprc": "AUPRC (average precision)"}
 UNDEFINED = "not defined: only one class among the held-out records"
@@ -29,6 +30,8 @@ ADVICE: dict[Advice, str] = {
 OWN_BEST = (
     "Own best is the better of the site's own models on these records: chosen with hindsight, in its favour."
 )
+NO_SHARE = "none"
+"""A share of nothing."""
 NO_BOUND = "no bound: the study adds no noise"
 STATUS = {
     "completed": "completed",
@@ -129,3 +132,93 @@ def evidence(results: Results) -> str:
         f"{count(len(results.seeds), 'seed')}; {count(results.bootstrap, 'bootstrap resample')}; "
         "intervals are 95 % over seeds and test rows."
     )
+
+
+def one_seed(first: FirstSeed) -> str:
+    """What a caption says of a figure that shows one seed's records."""
+    return (
+        f"n = {count(first.records, 'held-out record')} of all sites as one list, {first.positives:,} "
+        f"positive; seed {first.seed} alone."
+    )
+
+
+def percent(share: float) -> str:
+    """`1 %`, `0.1 %`, `2.35 %`; never broken over two lines."""
+    return f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
+
+
+def share(found: Interval) -> str:
+    """`0.812 [0.771, 0.846]`, or that there is nothing to take a share of."""
+    return NO_SHARE if found.mean is None else f"{found.mean:.3f} {bounds(found)}"
+
+
+def rate(found: Interval) -> str:
+    """`1.19 % [0.97, 1.46]`."""
+    return NO_SHARE if found.mean is None else f"{percent(found.mean)} {percent_bounds(found)}"
+
+
+def percent_bounds(found: Interval) -> str:
+    """`[0.97, 1.46]`, in percent."""
+    if found.low is None or found.high is None:
+        return "(no interval)"
+    return f"[{100 * found.low:.2f}, {100 * found.high:.2f}]"
+
+
+def per_10000(number: int, of: int) -> str:
+    """A count, as if there had been 10,000 records."""
+    scaled = 10_000 * number / of
+    return f"{scaled:,.1f}" if 0 < scaled < 10 else f"{scaled:,.0f}"
+
+
+def recall(found: Interval | None) -> str:
+    """A recall, which too few negatives leave undefined."""
+    return "not defined" if found is None or found.mean is None else interval(found)
+
+
+def recall_sites(found: RecallAt) -> str:
+    """`4 of 6 sites`, where the mean is not over all of them."""
+    defined = sum(i.mean is not None for i in found.per_site.values())
+    return f"{defined} of {count(len(found.per_site), 'site')}" if 0 < defined < len(found.per_site) else ""
+
+
+def recall_undefined(fprs: tuple[float, ...]) -> str:
+    """When a recall is not defined."""
+    needed = ", ".join(f"{round(1 / fpr):,} for {percent(fpr)}" for fpr in fprs)
+    return f"Not defined on fewer negatives than one false alarm takes ({needed}), or without a positive."
+
+
+def operating_point(results: Results) -> str:
+    """What the study agreed on, or what is shown instead."""
+    point = results.operating_point
+    if point is None:
+        return "This run has no operating point."
+    if point.alerts_per_day is not None:
+        return (
+            f"The study asks for {count(point.alerts_per_day, 'alert')} a day. Not evaluated: nothing says "
+            "how many records a day has."
+        )
+    if point.fpr is not None:
+        words = f"a false positive rate of at most {percent(point.fpr)}"
+    else:
+        words = f"least cost, {point.cost_fn:g} for a missed positive and {point.cost_fp:g} for a false alarm"
+    if results.operating_point_agreed:
+        return f"The study asks for {words}."
+    return f"The study names no operating point; shown is {words}."
+
+
+def thresholds(results: Results) -> str:
+    """How the thresholds at the operating point were set."""
+    known = ", and without noise it may know them too well" if results.promise.noise == "none" else ""
+    return (
+        "Each site sets its threshold on its own training records, as it would in use, and keeps it; what "
+        "it then does is counted on the held-out records. Own and pooled models score the training records "
+        f"out of fold, the federated model as it is{known}."
+    )
+
+
+def one_list(arms: Mapping[str, Arm | None]) -> str:
+    """What the figures over all records as one list compare."""
+    words = "Over all held-out records as one list, one model scores all in the federated and the pooled arm"
+    if arms.get("local") or arms.get("linear"):
+        words += "; of the sites' own models, the list holds scores of different models"
+    return f"{words}."

@@ -21,8 +21,8 @@ pytestmark = [
 ]
 
 
-def dom_of(path: Path, profile: Path) -> str:
-    """The document after its scripts have run."""
+def opened(path: Path, profile: Path) -> tuple[str, str]:
+    """The document after its scripts have run, and what the browser logged."""
     done = subprocess.run(
         [
             str(BROWSER),
@@ -34,6 +34,9 @@ def dom_of(path: Path, profile: Path) -> str:
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
+            # Any name that the page looked up would be an error of the console.
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--enable-logging=stderr",
             f"--user-data-dir={profile}",
             "--virtual-time-budget=10000",
             "--dump-dom",
@@ -45,7 +48,11 @@ def dom_of(path: Path, profile: Path) -> str:
     )
     page = done.stdout.decode("utf-8")
     # plotly.js mentions its own class names: only what it drew counts.
-    return re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    return re.sub(r"<script>.*?</script>", "", page, flags=re.S), done.stderr.decode("utf-8", "replace")
+
+
+def dom_of(path: Path, profile: Path) -> str:
+    return opened(path, profile)[0]
 
 
 def charts(dom: str) -> dict[str, str]:
@@ -55,15 +62,42 @@ def charts(dom: str) -> dict[str, str]:
 
 
 def test_every_chart_is_drawn(tmp_path):
-    """plotly draws all four charts from the file alone, under the page's own security policy."""
+    """plotly draws all nine charts from the file alone, under the page's own security policy."""
     path = write_report(read_results(HOSPITALS), tmp_path, "html")
 
-    drawn = charts(dom_of(path, tmp_path / "profile"))
+    dom, log = opened(path, tmp_path / "profile")
+    drawn = charts(dom)
 
-    assert list(drawn) == ["by-site", "against-epsilon", "epsilon-by-round", "time-line"]
+    assert list(drawn) == [
+        "by-site",
+        "precision-recall",
+        "roc",
+        "against-epsilon",
+        "recall-at",
+        "calibration-before",
+        "calibration-after",
+        "epsilon-by-round",
+        "time-line",
+    ]
     assert all('class="main-svg"' in chart for chart in drawn.values())
     assert drawn["by-site"].count('class="trace bars"') == 4
+    assert drawn["recall-at"].count('class="trace bars"') == 4
+    assert [drawn[name].count('class="trace scatter') for name in ("precision-recall", "roc")] == [4, 5]
+    assert "100&nbsp;%" in drawn["roc"]
     assert "fill: rgb(31, 91, 158)" in drawn["by-site"]
+    assert "CONSOLE" not in log
+    assert "net::" not in log
+
+
+def test_console_error_would_be_seen(tmp_path):
+    """The log that the test above searches holds what a page says and what it fails to load."""
+    page = tmp_path / "page.html"
+    page.write_text("<script>console.error('amiss')</script><img src='https://bank.example/a.png'>")
+
+    _, log = opened(page, tmp_path / "profile")
+
+    assert "CONSOLE" in log
+    assert "amiss" in log
 
 
 def test_hostile_name_is_drawn_as_text(tmp_path):

@@ -78,8 +78,17 @@ def test_names_cannot_be_links_in_a_chart(hospitals):
 
 def test_sections_come_in_order(page):
     """The reader meets the parts in the order that the contract gives them."""
-    parts = ["band", "verdict", "tiles", "by-site", "utility", "promise-table", "ledger-table"]
-    parts += ["epsilon-by-round", "time-line", "drops-table", "reproduce-table"]
+    parts = ["band", "verdict", "tiles", "by-site", "precision-recall", "roc", "utility", "point-table"]
+    parts += ["recall-at", "recall-table", "top-table", "calibration-before", "calibration-after"]
+    parts += [
+        "calibration-table",
+        "promise-table",
+        "ledger-table",
+        "epsilon-by-round",
+        "time-line",
+        "drops-table",
+        "reproduce-table",
+    ]
     body = page[page.index("<body>") :]
     found = [re.search(rf'(class|id)="{part}"', body).start() for part in parts]
 
@@ -206,13 +215,16 @@ def test_study_without_noise_has_no_bound(hospitals):
 
 
 def test_every_caption_states_its_evidence(page):
-    """n, seeds, resamples and what the interval is over stand under every chart."""
+    """n, seeds and the interval stand under every chart: of the bootstrap, or that of one seed's records."""
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S)
+    bootstrapped = "n = 276 test records at 4 sites; 3 seeds; 1,000 bootstrap resamples; intervals are 95 %"
+    one_seed = "n = 276 held-out records of all sites as one list, 156 positive; seed 1 alone."
 
-    assert len(captions) == page.count('class="chart"') == 4
+    assert page.count('class="chart"') == 9
+    assert len(captions) == 7
     for caption in captions:
-        assert "n = 276 test records at 4 sites; 3 seeds; 1,000 bootstrap resamples" in caption
-        assert "95 % over seeds and test rows" in caption
+        assert bootstrapped in caption or one_seed in caption
+        assert re.search(r"95 %|No band: the intervals .* are in the table", caption)
 
 
 def test_empty_curve_says_how_to_get_one(hospitals):
@@ -248,6 +260,7 @@ def test_everything_needed_to_reproduce_is_there(page, hospitals):
     assert hospitals.command in found
     assert hospitals.study_id in found
     assert hospitals.model.sha256 in found
+    assert hospitals.data_sha256 in found
     assert "flwr 1.41.0" in found
     assert "seeds 1, 2, 3" in found
     assert "duration 2 min 13 s" in found
@@ -269,7 +282,7 @@ def test_figures_are_valid_to_plotly(hospitals):
 
     drawn = [go.Figure(figure) for figure in json.loads(figures).values()]
 
-    assert [len(figure.data) for figure in drawn] == [4, 7, 2, 2]
+    assert [len(figure.data) for figure in drawn] == [4, 4, 5, 4, 5, 5, 7, 2, 3]
 
 
 def test_every_colour_of_a_figure_is_in_the_style(hospitals, page):
@@ -338,3 +351,129 @@ def test_importing_the_report_is_cheap():
     code = "import sys, lepton_fl.report; sys.exit(bool({'plotly', 'jinja2'} & sys.modules.keys()))"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_time_line_has_a_mark_for_every_site_and_round(hospitals):
+    """Took part, dropped and why, or answered in a round that was lost."""
+    traces = {t["name"]: t for t in html._figures(hospitals)["time-line"]["data"]}
+    marks = {name: len(t["x"]) for name, t in traces.items()}
+    dropped = traces["dropped"]
+
+    assert marks == {"took part": 153, "dropped": 3, "answered, but the round was lost": 4}
+    assert set(traces["answered, but the round was lost"]["x"]) == {21}
+    assert dict(zip(dropped["x"], dropped["y"], strict=True))[29] == "switzerland"
+    assert any(why.startswith("dropped: connection lost, ") for why in dropped["customdata"])
+
+
+def test_site_that_was_never_asked_has_no_mark_in_a_lost_round(hospitals):
+    """A refused site did not answer in the round that was lost either."""
+    rounds = tuple(
+        r.model_copy(
+            update={
+                "sites": tuple(s for s in r.sites if s != "hungary"),
+                "dropped": {s: why for s, why in r.dropped.items() if s != "hungary"},
+            }
+        )
+        for r in hospitals.rounds
+    )
+
+    traces = html._figures(hospitals.model_copy(update={"rounds": rounds}))["time-line"]["data"]
+
+    assert all("hungary" not in t["y"] for t in traces)
+
+
+def test_operating_point_is_counted_per_10000(page):
+    """What each arm finds, misses and raises in vain, with achieved rate and how the threshold was set."""
+    part = text(section(page, "operating"))
+    row = re.search(r'<th scope="row">federated</th>(.*?)</tr>', section(page, "operating"), re.S)[1]
+
+    assert "The study asks for a false positive rate of at most 10 %." in part
+    assert re.match(r"[\d,]+ [\d,]+ [\d,]+ [\d,]+ 0\.\d{3} \[", text(row))
+    assert "Each site sets its threshold on its own training records" in part
+    assert "95 % Wilson intervals over the records." in part
+
+
+@pytest.mark.parametrize(
+    ("point", "agreed", "words"),
+    [
+        ({"fpr": 0.01}, False, "The study names no operating point; shown is a false positive rate of"),
+        ({"alerts_per_day": 200}, True, "Not evaluated: nothing says how many records a day has."),
+        ({"cost_fn": 250, "cost_fp": 5}, True, "The study asks for least cost, 250 for a missed positive"),
+    ],
+)
+def test_operating_point_is_named(hospitals, point, agreed, words):
+    """The study's, the report's own choice, or why there is none."""
+    raw = json.loads(hospitals.model_dump_json())
+    raw |= {"operating_point": point, "operating_point_agreed": agreed}
+    if "alerts_per_day" in point:
+        for arm in raw["arms"]:
+            arm["first_seed"]["at_point"] = {}
+
+    part = section(without_plotly(render_html(Results.model_validate_json(json.dumps(raw)))), "operating")
+
+    assert words in text(part)
+    assert ("<table" in part.split("Recall at low")[0]) == ("alerts_per_day" not in point)
+    assert ("Without any model" in part) == ("cost_fn" in point)
+
+
+def test_recall_that_is_not_defined_says_so(page):
+    """276 records have too few negatives for 0.1 %; the page gives words and the reason, no number."""
+    part = text(section(page, "operating"))
+
+    assert "0.1 % FPR mean of the sites not defined not defined not defined not defined" in part
+    assert "Not defined on fewer negatives than one false alarm takes (1,000 for 0.1 %" in part
+
+
+def test_false_positive_axis_is_logarithmic(hospitals):
+    """From one false alarm up; the recall at its left end is that of the last threshold within it."""
+    figure = html._figures(hospitals)["roc"]
+    axis, federated = figure["layout"]["xaxis"], figure["data"][2]
+
+    assert axis["type"] == "log"
+    assert 10 ** axis["range"][0] == pytest.approx(1 / 120)
+    assert federated["x"][0] == 1 / 120
+    assert min(federated["x"]) > 0
+
+
+def test_calibration_before_and_after_share_their_axes(hospitals):
+    """Two charts side by side are compared by eye."""
+    before, after = (
+        html._figures(hospitals)[f"calibration-{when}"]["layout"] for when in ("before", "after")
+    )
+
+    assert before["xaxis"]["range"] == after["xaxis"]["range"] == before["yaxis"]["range"]
+    assert before["xaxis"].get("type") != "log"
+
+
+def test_calibration_of_rare_events_is_logarithmic(hospitals):
+    """Bins without a positive have no place there, and the caption says so."""
+    raw = json.loads(hospitals.model_dump_json())
+    for arm in raw["arms"]:
+        arm["first_seed"]["positives"] = 13
+    rare = Results.model_validate_json(json.dumps(raw))
+
+    figure = html._figures(rare)["calibration-before"]
+
+    assert figure["layout"]["xaxis"]["type"] == "log"
+    assert all(y > 0 for trace in figure["data"] for y in trace["y"])
+    assert "a bin without a positive has no mark" in render_html(rare)
+
+
+def test_file_without_scores_still_renders(old):
+    """An older results.json has no curve, no operating point and no calibration: their parts are left out."""
+    page = without_plotly(render_html(old))
+
+    assert 'id="operating"' not in page
+    assert 'id="calibration"' not in page
+    assert "data SHA-256 not known" in text(section(page, "reproduce"))
+
+
+def test_held_out_records_of_one_class_have_no_curve(hospitals):
+    """There is nothing to rank; calibration is still told."""
+    raw = json.loads(hospitals.model_dump_json())
+    for arm in raw["arms"]:
+        arm["first_seed"] |= {"curve": None, "positives": 0}
+    figures = html._figures(Results.model_validate_json(json.dumps(raw)))
+
+    assert "roc" not in figures
+    assert "calibration-before" in figures

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 from lepton_fl.report import render_markdown
 from lepton_fl.results import Results
 
@@ -87,3 +89,22 @@ def test_command_and_digests_are_there(hospitals):
     assert f"    {hospitals.command}\n" in found
     assert hospitals.study_id in found
     assert hospitals.model.sha256 in found
+
+
+def test_operating_point_and_calibration_follow(hospitals):
+    """Per 10,000 records, recall at low false positive rates, and calibration before and after."""
+    found = render_markdown(hospitals)
+
+    assert "The study asks for a false positive rate of at most 10\u00a0%." in found
+    assert "| at 0.1\u00a0% FPR | not defined | not defined | not defined | not defined |" in found
+    assert re.search(r"^\| federated \| [\d,]+ \| [\d,]+ \| [\d,]+ \| 0\.\d+ \[", found, re.M)
+    assert re.search(r"^\| federated \| 0\.\d{4} -> 0\.\d{4} \|", found, re.M)
+
+
+def test_older_file_has_neither(old):
+    """No scores, no figures of them."""
+    found = render_markdown(old)
+
+    assert "## Operating point" not in found
+    assert "## Calibration" not in found
+    assert "- data not known" in found

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lepton_fl.report import wording
+from lepton_fl.results import wilson
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,16 @@ def test_promise_is_one_whole_sentence(hospitals):
         "The study promises epsilon 3, delta 1e-5 per record, against: the server and readers of "
         "the model, provided at most 1 member colludes with the server."
     )
+
+
+def test_counts_are_scaled_to_10000():
+    """A small one keeps a digit: 0.4 alarms are not none."""
+    assert wording.per_10000(3, 7388) == "4.1"
+    assert wording.per_10000(300, 7388) == "406"
+    assert wording.per_10000(0, 7388) == "0"
+
+
+def test_a_share_of_nothing_is_none():
+    """No alarm, no precision."""
+    assert wording.share(wilson(0, 0)) == wording.rate(wilson(0, 0)) == "none"
+    assert wording.rate(wilson(1, 100)) == "1\u00a0% [0.18, 5.45]"
