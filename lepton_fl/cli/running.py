@@ -259,20 +259,13 @@ def _summary(results: Results, folder: Path) -> None:
 def _recalls(results: Results) -> None:
     """What a fraud desk asks first: how much is found at the false alarms that it can bear."""
     brief = console().width < WIDE
-    found = {arm.arm: {r.fpr: r.mean for r in arm.recall} for arm in results.arms}
-    rates = sorted({fpr for recall in found.values() for fpr in recall})
+    found = {arm.arm: {r.fpr: r.mean for r in arm.recall} for arm in results.arms if arm.recall}
     rows = [
-        [
-            f"{100 * fpr:g} % FPR",
-            *(
-                _figure(found[arm][fpr], brief=brief) if fpr in found.get(arm, {}) else "-"
-                for arm in _COLUMNS
-            ),
-        ]
-        for fpr in rates
+        [f"{100 * fpr:g} % FPR", *(_figure(recall.get(fpr), brief=brief) for recall in found.values())]
+        for fpr in sorted({fpr for recall in found.values() for fpr in recall})
     ]
     if rows:
-        print_table("Recall, mean of the sites", ["at", *_COLUMNS.values()], rows)
+        print_table("Recall, mean of the sites", ["at", *(_COLUMNS[arm] for arm in found)], rows)
 
 
 def _figure(value: Interval | None, *, brief: bool) -> str:

@@ -245,7 +245,7 @@ def precision_recall(results: Results) -> Figure:
         "shapes": [_horizontal(prevalence)],
         "annotations": [
             _note(f"share of positives {wording.percent(prevalence)}", y=prevalence)
-            | {"x": 1, "xshift": 0, "xanchor": "right", "yanchor": "bottom"}
+            | {"yanchor": "bottom", "bgcolor": "--clear"}
         ],
     }
     return {"data": traces, "layout": layout}

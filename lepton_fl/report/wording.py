@@ -218,7 +218,8 @@ def thresholds(results: Results) -> str:
 
 def one_list(arms: Mapping[str, Arm | None]) -> str:
     """What the figures over all records as one list compare."""
-    words = "Over all held-out records as one list, one model scores all in the federated and the pooled arm"
+    one_model = " and the ".join(name for name in ("federated", "pooled") if arms.get(name))
+    words = f"Over all held-out records as one list, one model scores all in the {one_model} arm"
     if arms.get("local") or arms.get("linear"):
         words += "; of the sites' own models, the list holds scores of different models"
     return f"{words}."

@@ -13,7 +13,7 @@ from lepton_fl.tasks.metrics import Scored
 LOCAL_LABEL = "own gradient boosting, no privacy"
 LINEAR_LABEL = "own logistic regression, no privacy"
 POOLED_LABEL = "gradient boosting on all records in one place, no privacy"
-FOLDS = 5
+FOLDS = 3
 
 
 def boosting_scores(train: Table, test: Table, seed: int) -> np.ndarray:

@@ -477,3 +477,13 @@ def test_held_out_records_of_one_class_have_no_curve(hospitals):
 
     assert "roc" not in figures
     assert "calibration-before" in figures
+
+
+def test_run_cut_off_before_the_first_look_points_at_its_ledgers(hospitals):
+    """Rounds were charged although none of them noted its epsilon."""
+    rounds = tuple(r.model_copy(update={"epsilon": None}) for r in hospitals.rounds[:5])
+
+    page = render_html(hospitals.model_copy(update={"status": "interrupted", "rounds": rounds}))
+
+    assert "what was spent is in the ledgers above" in page
+    assert "No round was charged" not in page
