@@ -35,6 +35,8 @@ JOIN = "query.join"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
+_TASK = 1
+"""Flower draws the task ids of its own processes at random, from 64 bits."""
 _ERROR_BASE = 1000
 """Above Flower's own error codes; the rest is the exit code of the error's class."""
 _INTERNAL = _ERROR_BASE + 1
@@ -72,9 +74,17 @@ def is_site_name(name: str) -> bool:
 
 
 def identify(run: str, node: int) -> None:
-    """Tell Flower who this process is; it cannot construct a message before. Once a process."""
+    """Tell Flower who this process is; it cannot construct a message before. Once a process.
+
+    A process that Flower itself started has been told, and its grid takes messages of that run only.
+    """
+    try:
+        if TaskIdentity.task_id != _TASK:
+            return
+    except RuntimeError:
+        pass
     TaskIdentity.run_id = int(run[:15], 16)
-    TaskIdentity.task_id = 1
+    TaskIdentity.task_id = _TASK
     TaskIdentity.node_id = node
 
 

@@ -1,8 +1,7 @@
-"""The Flower ServerApp of this deployment folder.
+"""The Flower ServerApp of this deployment folder, for sites that run the agent of `client/`.
 
-`[tool.flwr.app.components] serverapp = "server.app:app"` of a Flower app points here. The run config names
-the study and where to keep the checkpoint: `study = "study.toml"`, `out = "run"`; and, for early stopping on
-a public signal, a CSV file of public records: `public = "public.csv"`.
+The run config names the study and where its files go: `study = "study.toml"`, `out = "run"`; and, for early
+stopping on a public signal, a CSV file of public records: `public = "public.csv"`.
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lepton_fl.cli.terminal import print_table
 from lepton_fl.errors import ConfigError, PolicyRefused
-from lepton_fl.privacy import Charge, Guarantee, Ledger
+from lepton_fl.privacy import AnyLedger, Charge, Guarantee, Ledger, RehearsalLedger
 from lepton_fl.privacy.ledger import Spent
 from lepton_fl.site.config import files_of
 from lepton_fl.site.policy import Policy, admit_study, load_policy
@@ -31,9 +31,9 @@ class SiteBudget:
     def allowed(self) -> float:
         return self.policy.budget.epsilon_total
 
-    def ledger(self) -> Ledger:
+    def ledger(self) -> AnyLedger:
         """The site's ledger; where there is none yet, an empty one that is not written."""
-        return Ledger(self.ledger_file) if self.ledger_file.exists() else Ledger.for_rehearsal()
+        return Ledger(self.ledger_file) if self.ledger_file.exists() else RehearsalLedger()
 
     def spent(self) -> float:
         """Epsilon at delta_total over all studies on the data set."""

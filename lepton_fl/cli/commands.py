@@ -57,6 +57,7 @@ class Template(StrEnum):
     diagnosis = "diagnosis"
     fraud = "fraud"
     credit = "credit"
+    flower = "flower"
 
 
 class Engine(StrEnum):
@@ -190,10 +191,17 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Folder to write into; made where absent.", metavar="DIR")],
     template: Annotated[Template, typer.Option(help="Which study to begin with.")] = Template.diagnosis,
 ) -> None:
-    """Write a commented study.toml, site.toml and policy.toml to begin with."""
-    from lepton_fl.cli.texts import STUDIES, policy_text, site_text, study_text
-    from lepton_fl.files import write_atomic
+    """Write a commented study.toml, site.toml and policy.toml to begin with.
 
+    The template `flower` is an app for stock Flower instead, on public data: see docs/flower.md.
+    """
+    from lepton_fl.cli.texts import STUDIES, flower_texts, policy_text, site_text, study_text
+
+    if template is Template.flower:
+        _write_new(folder, flower_texts(folder))
+        app = shlex.quote(str(folder))
+        say(f"next: . {app}/flower.env; flwr run {app} --federation-config num-supernodes=4 --stream")
+        return
     texts = {
         "study.toml": study_text(STUDIES[template.value], epsilon=3.0),
         "site.toml": site_text(),
@@ -208,14 +216,21 @@ def init(
             approval="manual",
         ),
     }
+    _write_new(folder, texts)
+    study = shlex.quote(str(folder / "study.toml"))
+    say(f"next: lepton-fl plan {study} --sites 5000,20000,9000,12000     (training units of each site)")
+
+
+def _write_new(folder: Path, texts: dict[str, str]) -> None:
+    from lepton_fl.files import write_atomic
+
     make_writable(folder)
     if there := [name for name in texts if (folder / name).exists()]:
         raise ConfigError(f"{folder / there[0]}: exists, and is not overwritten", fix="name another folder")
     for name, text in texts.items():
+        make_writable((folder / name).parent)
         write_atomic(folder / name, text.encode())
         say(f"wrote {folder / name}")
-    study = shlex.quote(str(folder / "study.toml"))
-    say(f"next: lepton-fl plan {study} --sites 5000,20000,9000,12000     (training units of each site)")
 
 
 @app.command()

@@ -13,21 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import typer
 
 from lepton_fl.cli.display import display_for
 from lepton_fl.cli.terminal import INTERRUPTED, console, fail, print_table, say
-from lepton_fl.data import (
-    Contract,
-    Table,
-    file_source,
-    load_dataset,
-    load_table,
-    open_batches,
-    partition,
-    pool,
-)
+from lepton_fl.data import Contract, Table, file_source, load_dataset, load_table, open_batches
 from lepton_fl.errors import ConfigError, DataError, LeptonError
 from lepton_fl.privacy import Guarantee
 from lepton_fl.report import write_report
@@ -175,10 +165,9 @@ def read_tables(
         return tables
     if sites is None:
         raise typer.BadParameter(f"--split {how} needs --sites")
-    whole = pool(list(tables.values()))
-    parts = partition(whole, how, sites, np.random.default_rng(seed))
-    width = len(str(sites))
-    return {f"site-{number:0{width}d}": part for number, part in enumerate(parts, start=1)}
+    from lepton_fl.simulation.run import arrange
+
+    return arrange(tables, how, sites, seed)
 
 
 def run_plan(plan: Plan, *, as_json: bool, open_report: bool) -> None:

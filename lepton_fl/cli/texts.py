@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from importlib.resources import files
+from pathlib import Path
 
 from lepton_fl.data import dataset
 
@@ -49,6 +52,18 @@ def policy_text(
     for name, value in fields.items():
         text = text.replace("{" + name + "}", value)
     return text
+
+
+def flower_texts(folder: Path) -> dict[str, str]:
+    """The files of a Flower app in `folder`, by name: the heart study, under stock Flower."""
+    home = folder.resolve()
+    return {
+        "pyproject.toml": _read("flower.pyproject.toml").replace("{out}", json.dumps(str(home / "runs"))),
+        "flower_app.py": _read("flower.app.txt"),
+        "study.toml": study_text("heart", epsilon=3.0),
+        "flower.env": _read("flower.env").replace("{home}", shlex.quote(str(home / ".flwr"))),
+        ".flwr/config.toml": _read("flower.config.toml"),
+    }
 
 
 def _read(name: str) -> str:

@@ -56,7 +56,6 @@ CREATE TRIGGER IF NOT EXISTS charges_are_never_removed BEFORE DELETE ON charges
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
 _VERSION = 1
-_MEMORY = ":memory:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,20 +100,13 @@ class Spent:
     last: str
 
 
-class Ledger:
-    """The ledger in one SQLite file (WAL, synchronous FULL, mode 0600)."""
+class AnyLedger:
+    """What a ledger on disk and one that forgets have in common: everything but where it is kept."""
 
     def __init__(self, path: Path) -> None:
-        """Open, or create, the ledger at `path`.
-
-        Raises:
-            ConfigError: the file cannot be opened, or is not a ledger of this format.
-        """
         self.path = path
         try:
-            if str(path) != _MEMORY:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch(mode=0o600)
+            self._make(path)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
@@ -139,10 +131,8 @@ class Ledger:
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {_VERSION}")
 
-    @classmethod
-    def for_rehearsal(cls) -> Ledger:
-        """A ledger in memory, for a simulated run whose model nobody keeps. It forgets, and so permits."""
-        return cls(Path(_MEMORY))
+    def _make(self, path: Path) -> None:
+        """Make the file where there is none."""
 
     def close(self) -> None:
         """Close the file; a closed ledger charges nothing."""
@@ -377,6 +367,32 @@ class Ledger:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+
+class Ledger(AnyLedger):
+    """The ledger in one SQLite file (WAL, synchronous FULL, mode 0600)."""
+
+    def __init__(self, path: Path) -> None:
+        """Open, or create, the ledger at `path`.
+
+        Raises:
+            ConfigError: the file cannot be opened, or is not a ledger of this format.
+        """
+        super().__init__(path)
+
+    def _make(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+
+
+class RehearsalLedger(AnyLedger):
+    """A ledger in memory, for a simulated run whose model nobody keeps. It forgets, and so permits.
+
+    Not a `Ledger`: whatever must not forget asks for one by type.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Path(":memory:"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from flwr.supercore.run import Run
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.messages import CONFIG, ROUND, TRAIN
+from lepton_fl.site import Simulated, SiteApp
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,21 @@ class InProcessGrid(Grid):
 
     An app that takes longer than a round's deadline has answered too late: its reply is left out. A node
     that is down is not reached at all, so nothing is charged there. Only messages to train carry a number
-    that counts; what comes between, or after the last, belongs to the round before.
+    that counts; what comes between, or after the last, belongs to the round before. Only simulated sites:
+    between a deployed one and its server there is nothing but a network.
     """
 
     def __init__(
-        self, apps: Mapping[int, ClientApp], *, drops: Mapping[int, Iterable[Drop]] | None = None, at: int = 0
+        self,
+        apps: Mapping[int, SiteApp[Simulated]],
+        *,
+        drops: Mapping[int, Iterable[Drop]] | None = None,
+        at: int = 0,
     ) -> None:
         """`drops` are by node id; `at` is the last round of the part of the run before this one."""
+        # For callers that no type checker has read.
+        if not all(_is_simulated(app) for app in apps.values()):
+            raise TypeError("a site that is not simulated has no place in the in-process grid")
         self._drops = {node: tuple(found) for node, found in (drops or {}).items()}
         self._at = at
         self._nodes = {
@@ -129,3 +138,7 @@ class InProcessGrid(Grid):
         if self._drops and message.metadata.message_type == TRAIN:
             self._at = int(str(message.content.config_records[CONFIG][ROUND]))
         return not any(self._at in drop for drop in self._drops.get(message.metadata.dst_node_id, ()))
+
+
+def _is_simulated(app: ClientApp) -> bool:
+    return not isinstance(app, SiteApp) or isinstance(app.site.surroundings, Simulated)

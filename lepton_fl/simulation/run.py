@@ -6,34 +6,39 @@ import hashlib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tomli_w
 import torch
 from flwr.app import Context, RecordDict
+from safetensors.numpy import save
 
 from lepton_fl.config import parse
-from lepton_fl.data import Table, split
+from lepton_fl.data import Table, partition, pool, split
 from lepton_fl.errors import ConfigError, DataError
 from lepton_fl.federation import Federation, Observer, PublicTable, server_app
 from lepton_fl.files import write_atomic
-from lepton_fl.privacy import Guarantee, Ledger
+from lepton_fl.privacy import Guarantee, Ledger, RehearsalLedger
 from lepton_fl.simulation.curator import CuratorGrid
 from lepton_fl.simulation.grid import Drop, InProcessGrid
-from lepton_fl.site import Policy, Simulated, Site, SiteData, client_app
+from lepton_fl.site import Policy, Simulated, Site, SiteData, StockFlower, client_app
 from lepton_fl.site.config import files_of
 from lepton_fl.site.policy import Approvals, load_policy
 from lepton_fl.study import Study
-from lepton_fl.tasks import Arrays, arrays_of, build_model, load_arrays, task_of
+from lepton_fl.tasks import Arrays, arrays_of, build_model, load_arrays, model_hash, task_of
 from lepton_fl.tasks.metrics import Scored
 from lepton_fl.tasks.task import score
 from lepton_fl.training import SimulationNoise
 
 FIRST_SITE_NODE = 101
 """Node ids of the sites, in order of name."""
+
+R = TypeVar("R", Simulated, StockFlower)
+"""Where a rehearsal policy will do: nowhere else but on simulated or public records."""
 
 Splits = Mapping[str, tuple[Table, Table]]
 """Site to (train, test)."""
@@ -45,6 +50,15 @@ def split_sites(tables: Mapping[str, Table], study: Study, seed: int) -> dict[st
         name: split(table, study.evaluation, SimulationNoise(seed, name).key("split"))
         for name, table in sorted(tables.items())
     }
+
+
+def arrange(tables: Mapping[str, Table], how: str, sites: int | None, seed: int) -> dict[str, Table]:
+    """The simulated sites' tables: as they come (`natural`), or put together and cut anew as `how` says."""
+    if how == "natural" or sites is None:
+        return dict(tables)
+    parts = partition(pool(list(tables.values())), how, sites, np.random.default_rng(seed))
+    width = len(str(sites))
+    return {f"site-{number:0{width}d}": part for number, part in enumerate(parts, start=1)}
 
 
 def rehearsal_policy(study: Study, data_set: str) -> str:
@@ -71,7 +85,7 @@ def rehearsal_policy(study: Study, data_set: str) -> str:
 
 def open_sites(
     study: Study, splits: Splits, seed: int, folder: Path | None, *, make_policies: bool = True
-) -> dict[str, Site]:
+) -> dict[str, Site[Simulated]]:
     """One `Site` for each table.
 
     With `folder`, each site has FOLDER/SITE/{policy.toml, ledger.db} there, obeyed and charged; a policy
@@ -81,33 +95,46 @@ def open_sites(
     Raises:
         ConfigError: a policy is missing or not understood.
     """
+    if folder is None:
+        return {
+            name: rehearsal_site(
+                study,
+                name,
+                SiteData(train=train, test=test),
+                Simulated(noise=SimulationNoise(seed, name), ledger=RehearsalLedger()),
+            )
+            for name, (train, test) in splits.items()
+        }
     sites = {}
     for name, (train, test) in splits.items():
-        data_set = re.sub(r"[^A-Za-z0-9._-]", "-", f"{name}-{study.task.target}")[:64]
-        if folder is None:
-            file, ledger = "rehearsal policy", Ledger.for_rehearsal()
-            policy = _parse_policy(rehearsal_policy(study, data_set))
-            approvals = Approvals(Path(os.devnull))
-        else:
-            home = folder / name
-            if make_policies:
-                home.mkdir(parents=True, exist_ok=True)
-            files = files_of(home)
-            if make_policies and not files.policy.exists():
-                write_atomic(files.policy, rehearsal_policy(study, data_set).encode())
-            file, policy, ledger = str(files.policy), load_policy(files.policy), Ledger(files.ledger)
-            approvals = Approvals(files.approvals)
+        home = folder / name
+        if make_policies:
+            home.mkdir(parents=True, exist_ok=True)
+        files = files_of(home)
+        if make_policies and not files.policy.exists():
+            write_atomic(files.policy, rehearsal_policy(study, _data_set(study, name)).encode())
+        policy = load_policy(files.policy)
         sites[name] = Site(
             name=name,
             policy=policy,
-            policy_file=file,
-            ledger=ledger,
-            approvals=approvals,
+            policy_file=str(files.policy),
+            approvals=Approvals(files.approvals),
             load=_loader(SiteData(train=train, test=test)),
-            noise=SimulationNoise(seed, name),
-            surroundings=Simulated(),
+            surroundings=Simulated(noise=SimulationNoise(seed, name), ledger=Ledger(files.ledger)),
         )
     return sites
+
+
+def rehearsal_site(study: Study, name: str, data: SiteData, surroundings: R) -> Site[R]:
+    """A site whose policy allows `study` and no more, and whose records are at hand already."""
+    return Site(
+        name=name,
+        policy=_parse_policy(rehearsal_policy(study, _data_set(study, name))),
+        policy_file="rehearsal policy",
+        approvals=Approvals(Path(os.devnull)),
+        load=_loader(data),
+        surroundings=surroundings,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +142,7 @@ class Run:
     """A run that can be started, and read whenever it has stopped."""
 
     federation: Federation
-    sites: dict[str, Site]
+    sites: dict[str, Site[Simulated]]
     grid: InProcessGrid
     guarantee: Guarantee
     seed: int
@@ -190,11 +217,9 @@ def prepare(
             checkpoint, study=study, sites=nodes, observer=observer, context=context, public=public
         )
     else:
-        generator = SimulationNoise(seed, "server").torch("model")
-        model = build_model(study, widths.pop(), generator)
         federation = Federation(
             study=study,
-            model=arrays_of(model),
+            model=first_model(study, widths.pop(), seed),
             sites=nodes,
             observer=observer,
             checkpoint=checkpoint,
@@ -208,6 +233,24 @@ def prepare(
         at=federation.started,
     )
     return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study), seed=seed)
+
+
+def first_model(study: Study, width: int, seed: int) -> Arrays:
+    """The parameters that a simulated run begins with."""
+    return arrays_of(build_model(study, width, SimulationNoise(seed, "server").torch("model")))
+
+
+def write_model(path: Path, study: Study, arrays: Arrays, labels: Sequence[str]) -> str:
+    """Write a run's model as safetensors, its header saying what it is; returns its SHA-256."""
+    digest = model_hash(arrays)
+    about = {
+        "study": study.id,
+        "model": study.model_name,
+        "sha256": digest,
+        "labels": "; ".join(labels),
+    }
+    write_atomic(path, save(arrays, metadata=about))
+    return digest
 
 
 class Scorer:
@@ -228,6 +271,10 @@ def mean_metric(values: list[float]) -> float | None:
     """Mean over the sites where the metric is defined."""
     defined = [v for v in values if not np.isnan(v)]
     return float(np.mean(defined)) if defined else None
+
+
+def _data_set(study: Study, site: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{site}-{study.task.target}")[:64]
 
 
 def _parse_policy(text: str) -> Policy:

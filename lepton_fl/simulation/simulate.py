@@ -19,7 +19,6 @@ from typing import Literal, Protocol
 import numpy as np
 import tomli_w
 import torch
-from safetensors.numpy import save
 
 import lepton_fl
 from lepton_fl.data import Table
@@ -65,9 +64,10 @@ from lepton_fl.simulation.run import (
     mean_metric,
     prepare,
     split_sites,
+    write_model,
 )
 from lepton_fl.study import OperatingPoint, Study, check_delta, override
-from lepton_fl.tasks import Arrays, model_hash
+from lepton_fl.tasks import Arrays
 from lepton_fl.tasks.metrics import RESAMPLES, Bootstrap, Scored, evaluate
 from lepton_fl.tasks.operating import DEFAULT_FPR
 
@@ -552,14 +552,7 @@ class _Simulation:
 
     def _model_file(self) -> ModelFile:
         arrays = self.main.federation.model
-        digest = model_hash(arrays)
-        about = {
-            "study": self.study.id,
-            "model": self.study.model_name,
-            "sha256": digest,
-            "labels": "; ".join(self._labels()),
-        }
-        write_atomic(self.plan.out / "model.safetensors", save(arrays, metadata=about))
+        digest = write_model(self.plan.out / "model.safetensors", self.study, arrays, self._labels())
         return ModelFile(
             name=self.study.model_name,
             file="model.safetensors",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Generic
+
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -21,24 +23,27 @@ from lepton_fl.messages import (
     update_reply,
 )
 from lepton_fl.site.mods import mods_of, unknown_type
-from lepton_fl.site.site import Site, Workbench
+from lepton_fl.site.site import S_co, Site, Workbench
 from lepton_fl.tasks.arrays import Arrays, check_like, load_arrays
 from lepton_fl.tasks.metrics import evaluate as evaluate_metric
 from lepton_fl.tasks.task import score
 from lepton_fl.training.local import LocalPlan, train_locally
 
 
-class _SiteApp(ClientApp):
-    """Flower raises on a message type that nobody registered, before any mod is asked. Here it is refused."""
+class SiteApp(ClientApp, Generic[S_co]):
+    """The ClientApp of one site.
 
-    def __init__(self, site: Site) -> None:
+    Flower raises on a message type that nobody registered, before any mod is asked. Here it is refused.
+    """
+
+    def __init__(self, site: Site[S_co]) -> None:
         super().__init__(mods=mods_of(site))
-        self._site = site
+        self.site = site
 
     def __call__(self, message: Message, context: Context) -> Message:
         if message.metadata.message_type not in (JOIN, TRAIN, EVALUATE):
             error = unknown_type(message)
-            self._site.refusals.append(error)
+            self.site.refusals.append(error)
             return error_reply(message, error)
         return super().__call__(message, context)
 
@@ -47,13 +52,13 @@ MAX_PARAMETER = 1e6
 """Magnitude of a parameter that a site accepts; beyond it arithmetic could be made to overflow."""
 
 
-def client_app(site: Site) -> ClientApp:
+def client_app(site: Site[S_co]) -> SiteApp[S_co]:
     """Flower's ClientApp for `site`, its policy and its ledger built in.
 
     Guarantee: without a policy and a ledger there is no `Site`, so there is no app; with them, an update
     leaves only after its cost is in the ledger on disk.
     """
-    app = _SiteApp(site)
+    app = SiteApp(site)
 
     @app.query("join")
     def join(message: Message, _: Context) -> Message:

@@ -16,10 +16,10 @@ from lepton_fl.site.config import SiteConfig, files_of, load_site_config
 from lepton_fl.site.policy import Approvals, load_policy
 from lepton_fl.site.site import Deployed, Site, SiteData
 from lepton_fl.study import Study
-from lepton_fl.training.noise import SimulationNoise
+from lepton_fl.training.noise import UnseededNoise
 
 
-def open_site(path: Path) -> Site:
+def open_site(path: Path) -> Site[Deployed]:
     """The site that `site.toml` at `path` describes, with its policy read and its ledger open.
 
     Noise still comes from torch's generator, seeded by the operating system: simulation noise, which is
@@ -40,9 +40,7 @@ def open_site(path: Path) -> Site:
         approvals=Approvals(files.approvals),
         load=_loader(config, path.parent, key),
         # Last: whatever is refused before leaves nothing open.
-        ledger=Ledger(files.ledger),
-        noise=SimulationNoise.unseeded(config.site.id),
-        surroundings=Deployed(),
+        surroundings=Deployed(noise=UnseededNoise(), ledger=Ledger(files.ledger)),
     )
 
 

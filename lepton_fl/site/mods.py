@@ -23,7 +23,7 @@ from lepton_fl.messages import (
 )
 from lepton_fl.privacy.ledger import Charge
 from lepton_fl.site.policy import admit_data, admit_study
-from lepton_fl.site.site import Deployed, Site
+from lepton_fl.site.site import Site, Surroundings
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ TABLE_REFUSED = "the site does not take part in this study"
 """All that a server hears of a refusal that depends on the records."""
 
 
-def mods_of(site: Site) -> list[Mod]:
+def mods_of(site: Site[Surroundings]) -> list[Mod]:
     """The controls of `site`, in their order."""
     return [_guard_mod(site), _policy_mod(site), _ledger_mod(site)]
 
@@ -44,7 +44,7 @@ def unknown_type(message: Message) -> PolicyRefused:
     )
 
 
-def _guard_mod(site: Site) -> Mod:
+def _guard_mod(site: Site[Surroundings]) -> Mod:
     """Absence of an answer is a refusal, and a refusal tells no count, no path and no value."""
 
     def guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -63,7 +63,7 @@ def _guard_mod(site: Site) -> Mod:
     return guard
 
 
-def _policy_mod(site: Site) -> Mod:
+def _policy_mod(site: Site[Surroundings]) -> Mod:
     """May this study run here? Decided on each message, from the message and this site's own files."""
 
     def policy(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -74,13 +74,12 @@ def _policy_mod(site: Site) -> Mod:
     return policy
 
 
-def _admit(site: Site, assignment: Assignment, *, joining: bool) -> None:
+def _admit(site: Site[Surroundings], assignment: Assignment, *, joining: bool) -> None:
     """Refuse an assignment that this site's policy forbids. The cohort is not known while `joining`."""
     study = assignment.study
     if not joining and site.name not in assignment.cohort:
         raise BadRequest(f"message: the cohort does not name this site, {site.name}")
-    if isinstance(site.surroundings, Deployed):
-        site.surroundings.admit(study)
+    site.surroundings.admit(study)
     admit_study(
         site.policy,
         study,
@@ -103,7 +102,7 @@ def _admit(site: Site, assignment: Assignment, *, joining: bool) -> None:
         raise PolicyRefused(error.message, fix=error.fix, public=TABLE_REFUSED) from None
 
 
-def _ledger_mod(site: Site) -> Mod:
+def _ledger_mod(site: Site[Surroundings]) -> Mod:
     """Is there budget? Spend before send, and before the first row is read for the round."""
 
     def ledger(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -138,7 +137,7 @@ def _ledger_mod(site: Site) -> Mod:
     return ledger
 
 
-def _charge(site: Site, assignment: Assignment) -> Charge | None:
+def _charge(site: Site[Surroundings], assignment: Assignment) -> Charge | None:
     """One round's charge; None where the policy allowed a study without noise."""
     study, bench = assignment.study, site.bench(assignment.study)
     event = bench.guarantee.round_event

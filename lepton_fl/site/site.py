@@ -6,23 +6,24 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 
 from lepton_fl.data import Table
-from lepton_fl.errors import LeptonError, PolicyRefused
-from lepton_fl.privacy import Guarantee, Ledger
+from lepton_fl.errors import ConfigError, LeptonError, PolicyRefused
+from lepton_fl.privacy import AnyLedger, Guarantee, Ledger, RehearsalLedger
 from lepton_fl.privacy.ledger import Budget
 from lepton_fl.site.policy import Approvals, Policy
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, TaskSpec, arrays_of, build_model, task_of
-from lepton_fl.training.noise import SimulationNoise
+from lepton_fl.training.noise import Noise, SimulationNoise, UnseededNoise
 
 BENCHES = 4
 """Studies kept ready at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
     """The agent is part of a simulation, where the simulator sees every record anyway.
 
@@ -30,10 +31,56 @@ class Simulated:
     and says so in every output.
     """
 
+    noise: SimulationNoise
+    ledger: AnyLedger
 
-@dataclass(frozen=True, slots=True)
+    def admit(self, study: Study) -> None:
+        """Nothing is refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StockFlower:
+    """The agent runs under Flower's own engine, whose server ships the code that it runs.
+
+    That code could leave out every control of a site, so nothing is promised: the site has public records
+    and nothing else, and its ledger forgets with each message.
+    """
+
+    noise: SimulationNoise
+    ledger: RehearsalLedger
+
+    @staticmethod
+    def admit(study: Study) -> None:
+        """Refuse what only our own transports can protect.
+
+        Raises:
+            ConfigError: the study asks for shared noise or secure aggregation.
+        """
+        if study.privacy.noise == "shared" or study.secure_aggregation.enabled:
+            raise ConfigError(
+                f"study {study.study.name} needs secure aggregation, which does not run under stock Flower: "
+                "its server ships the sites' code, and a new process for each message keeps no secret",
+                fix="lepton-fl simulate --engine process, or secure_aggregation.enabled = false with "
+                "privacy.noise = 'local'",
+                public="secure aggregation is not available under stock Flower",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deployed:
-    """The agent stands at an institution. What this release cannot protect there is refused."""
+    """The agent stands at an institution. What this release cannot protect there is refused.
+
+    A seed known to anyone is no privacy, and a ledger that forgets is no budget: neither can be given here.
+    """
+
+    noise: UnseededNoise
+    ledger: Ledger
+
+    def __post_init__(self) -> None:
+        # For callers that no type checker has read.
+        asked = ((self.noise, UnseededNoise), (self.ledger, Ledger))
+        if not all(isinstance(given, kind) for given, kind in asked):
+            raise TypeError("a deployed site draws unseeded noise and keeps its ledger on disk")
 
     def admit(self, study: Study) -> None:
         """Refuse what only a simulation may do.
@@ -50,7 +97,9 @@ class Deployed:
             )
 
 
-Surroundings = Simulated | Deployed
+Surroundings = Simulated | StockFlower | Deployed
+S_co = TypeVar("S_co", bound=Surroundings, covariant=True)
+"""What surrounds a site: what holds only in a simulation asks for `Site[Simulated]`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +111,31 @@ class SiteData:
 
 
 @dataclass(kw_only=True, slots=True)
-class Site:
+class Site(Generic[S_co]):
     """What the mods and the ClientApp of one institution share. Nothing in it comes from a server."""
 
     name: str
     policy: Policy
     policy_file: str
-    ledger: Ledger
     approvals: Approvals
     load: Callable[[Study], SiteData]
     """Reads the institution's own table under a study's contract."""
-    noise: SimulationNoise
-    surroundings: Surroundings
+    surroundings: S_co
     refusals: deque[LeptonError] = field(default_factory=lambda: deque(maxlen=100))
     """Why this site refused, in full, for its own people; a server gets the public part only."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """One message at a time: model and workbench are shared."""
     _bench: dict[str, Workbench] = field(default_factory=dict)
+
+    @property
+    def ledger(self) -> AnyLedger:
+        """Where the site's spending is recorded."""
+        return self.surroundings.ledger
+
+    @property
+    def noise(self) -> Noise:
+        """Where the site's draws come from."""
+        return self.surroundings.noise
 
     @property
     def budget(self) -> Budget:

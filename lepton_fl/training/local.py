@@ -24,7 +24,7 @@ from lepton_fl.privacy.guarantee import Guarantee
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays
 from lepton_fl.tasks.task import TaskSpec
-from lepton_fl.training.noise import SimulationNoise
+from lepton_fl.training.noise import Noise
 
 MICRO_BATCH_UNITS = 2048
 """Units, and records, whose gradients are held at once. Speed and memory only: the result is the same."""
@@ -123,7 +123,7 @@ def train_locally(
     arrays: Arrays,
     table: Trainable,
     plan: LocalPlan,
-    noise: SimulationNoise,
+    noise: Noise,
     round: int,
 ) -> LocalUpdate:
     """`plan.steps` steps of DP-SGD from `arrays` on `table`.

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.client_app import LoadClientAppError
+from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import load_file
@@ -77,7 +79,7 @@ def load_app(folder):
 
 @pytest.fixture
 def client_apps(tmp_path, monkeypatch):
-    """client/app.py three times, each at its own institution."""
+    """The app of client/app.py three times, each at its own institution."""
     identify("0" * 32, 1)
     apps = {}
     for node, name in enumerate(("clinic", "practice", "ward"), start=101):
@@ -89,10 +91,26 @@ def client_apps(tmp_path, monkeypatch):
         rows = "".join(f"{value:.6f},{int(value > 0)}\n" for value in values)
         (home / "records.csv").write_text("x,ill\n" + rows)
         monkeypatch.setenv("LEPTON_FL_SITE", str(home / "site.toml"))
-        apps[node] = load_app("client")
+        apps[node] = load_app("client")()
     yield apps
     for app in apps.values():
-        app._site.ledger.close()
+        app.site.ledger.close()
+
+
+class Agent(ClientApp):
+    """A deployed site's app as its server knows it: across a network, with no site to be seen."""
+
+    def __init__(self, app):
+        super().__init__()
+        self._app = app
+
+    def __call__(self, message, context):
+        return self._app(message, context)
+
+
+@pytest.fixture
+def grid(client_apps):
+    return InProcessGrid({node: Agent(app) for node, app in client_apps.items()})
 
 
 class Wire(WrappingGrid):
@@ -103,23 +121,23 @@ class Wire(WrappingGrid):
             yield message_from_proto(message_to_proto(reply))
 
 
-def test_server_and_client_are_flowers_apps(client_apps):
+def test_server_and_client_are_flowers_apps(client_apps, grid):
     """Not something that looks like them."""
     assert isinstance(load_app("server"), ServerApp)
     assert all(isinstance(app, ClientApp) for app in client_apps.values())
-    assert isinstance(InProcessGrid(client_apps), Grid)
+    assert isinstance(grid, Grid)
 
 
-def test_the_deployment_folders_train_a_model(client_apps, tmp_path):
+def test_the_deployment_folders_train_a_model(client_apps, grid, tmp_path):
     """server/app.py over three of client/app.py, every reply through Flower's own serialisation."""
     (tmp_path / "study.toml").write_text(STUDY)
     config = {"study": str(tmp_path / "study.toml"), "out": str(tmp_path / "run")}
     context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config=config)
 
-    load_app("server")(Wire(InProcessGrid(client_apps)), context)
+    load_app("server")(Wire(grid), context)
 
     checkpoint = load_file(tmp_path / "run" / "checkpoint.safetensors")
-    rounds = [len(app._site.ledger.history("records")) for app in client_apps.values()]
+    rounds = [len(app.site.ledger.history("records")) for app in client_apps.values()]
     assert all(np.isfinite(array).all() for array in checkpoint.values())
     assert any(np.abs(array).max() > 0 for name, array in checkpoint.items() if name.startswith("model/"))
     assert rounds == [2, 2, 2]
@@ -136,7 +154,13 @@ def test_the_server_stops_on_the_public_table_of_its_run_config(client_apps, tmp
 
     load_app("server")(InProcessGrid(client_apps), context)
 
-    assert [len(app._site.ledger.history("records")) for app in client_apps.values()] == [2, 2, 2]
+    assert [len(app.site.ledger.history("records")) for app in client_apps.values()] == [2, 2, 2]
+
+
+def test_stock_flower_cannot_load_a_deployed_agent():
+    """Its server ships the app: what it can load must have no institution's table within reach."""
+    with pytest.raises(LoadClientAppError, match="Unable to find attribute app"):
+        get_load_client_app_fn(default_app_ref="client.app:app", app_path=str(ROOT), multi_app=False)
 
 
 def test_an_app_of_ours_answers_a_message_of_flowers(client_apps):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lepton_fl.errors import BudgetExhausted, ConfigError, PolicyRefused
-from lepton_fl.privacy import Gaussian, Ledger, epsilon
+from lepton_fl.privacy import Gaussian, Ledger, RehearsalLedger, epsilon
 
 DELTA = 1e-5
 STEP = Gaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=1)
@@ -310,7 +310,7 @@ def test_what_would_be_spent(ledger, spend, make_charge):
 def test_a_rehearsal_touches_no_disk_and_keeps_the_rules(tmp_path, monkeypatch, budget, make_charge):
     """The same checks, in memory."""
     monkeypatch.chdir(tmp_path)
-    with closing(Ledger.for_rehearsal()) as ledger:
+    with closing(RehearsalLedger()) as ledger:
         for round in range(1, 11):
             ledger.charge(make_charge(round), rounds=1, budget=budget)
 

@@ -11,12 +11,12 @@ from flwr.app import Context, Message, RecordDict
 from lepton_fl.config import parse
 from lepton_fl.data import Batch, Contract, Table, load_table
 from lepton_fl.messages import CONFIG, TRAIN, Assignment, assignment_config, identify, to_record
-from lepton_fl.privacy import Ledger
+from lepton_fl.privacy import Ledger, RehearsalLedger
 from lepton_fl.site import Deployed, Policy, Simulated, Site, SiteData, client_app
 from lepton_fl.site.policy import Approvals
 from lepton_fl.study import Study
 from lepton_fl.tasks import arrays_of, build_model
-from lepton_fl.training import SimulationNoise
+from lepton_fl.training import SimulationNoise, UnseededNoise
 
 RUN = "0123456789abcdef" * 2
 COHORT = ("bank", "clinic", "ward")
@@ -75,7 +75,7 @@ def make_site(tmp_path, make_policy, table):
 
     def make(*, deployed=False, in_memory=False, read=None, **policy):
         read = [] if read is None else read
-        ledgers.append(Ledger.for_rehearsal() if in_memory else Ledger(tmp_path / "ledger.db"))
+        ledgers.append(RehearsalLedger() if in_memory else Ledger(tmp_path / "ledger.db"))
 
         def load(study: Study) -> SiteData:
             read.append(study.id)
@@ -85,11 +85,11 @@ def make_site(tmp_path, make_policy, table):
             name="clinic",
             policy=make_policy(**policy),
             policy_file="policy.toml",
-            ledger=ledgers[-1],
             approvals=Approvals(tmp_path / "approvals.jsonl"),
             load=load,
-            noise=SimulationNoise(0, "clinic"),
-            surroundings=Deployed() if deployed else Simulated(),
+            surroundings=Deployed(noise=UnseededNoise(), ledger=ledgers[-1])
+            if deployed
+            else Simulated(noise=SimulationNoise(0, "clinic"), ledger=ledgers[-1]),
         )
 
     yield make

@@ -100,31 +100,31 @@ def test_a_deployed_site_trains_on_its_own_table(opened, ask, charged):
     assert charged(opened) == [1]
 
 
-def test_client_app_does_not_load_without_its_site(monkeypatch):
+def test_there_is_no_client_app_without_its_site(monkeypatch):
     """LEPTON_FL_SITE is the institution's to set; no message can."""
     monkeypatch.delenv("LEPTON_FL_SITE", raising=False)
 
     with pytest.raises(ConfigError, match="LEPTON_FL_SITE is not set"):
-        load_client()
+        load_client().app()
 
 
-def test_client_app_does_not_load_without_a_policy(monkeypatch, home):
-    """The node then answers nothing."""
+def test_there_is_no_client_app_without_a_policy(monkeypatch, home):
+    """So the agent answers nothing."""
     (home / "policy.toml").unlink()
     monkeypatch.setenv("LEPTON_FL_SITE", str(home / "site.toml"))
 
     with pytest.raises(ConfigError, match=r"policy\.toml"):
-        load_client()
+        load_client().app()
 
 
 def test_client_app_refuses_secure_aggregation(monkeypatch, home, make_study, ask):
     """This release's agents have none."""
     monkeypatch.setenv("LEPTON_FL_SITE", str(home / "site.toml"))
-    app = load_client().app
+    app = load_client().app()
     study = make_study(secure_aggregation={"enabled": True})
 
     reply = ask(app, JOIN, study=study, cohort=())
 
-    app._site.ledger.close()
+    app.site.ledger.close()
     assert isinstance(app, ClientApp)
     assert reply.error.reason == "secure aggregation is not available at the site"

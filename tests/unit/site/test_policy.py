@@ -4,7 +4,7 @@ import pytest
 
 from lepton_fl.config import parse
 from lepton_fl.errors import ConfigError, PolicyRefused
-from lepton_fl.site import Deployed, Policy
+from lepton_fl.site import Policy
 from lepton_fl.site.policy import Approvals, admit_data, admit_study
 
 FILE = "/srv/clinic/policy.toml"
@@ -222,14 +222,14 @@ def test_delta_below_one_over_the_units_is_admitted(make_policy, make_study):
     ],
     ids=["shared noise", "secure aggregation"],
 )
-def test_a_deployed_agent_refuses_what_it_cannot_protect(make_study, changes):
+def test_a_deployed_agent_refuses_what_it_cannot_protect(make_study, make_site, changes):
     """Without secure aggregation the server would see the update."""
     with pytest.raises(PolicyRefused) as refused:
-        Deployed().admit(make_study(**changes))
+        make_site(deployed=True).surroundings.admit(make_study(**changes))
 
     assert refused.value.public == "secure aggregation is not available at the site"
 
 
-def test_a_deployed_agent_admits_local_noise(study):
+def test_a_deployed_agent_admits_local_noise(study, make_site):
     """Private against everyone, the server included."""
-    Deployed().admit(study)
+    make_site(deployed=True).surroundings.admit(study)

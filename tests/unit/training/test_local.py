@@ -11,7 +11,7 @@ from lepton_fl.errors import ConfigError, ProtocolError
 from lepton_fl.privacy import Gaussian, Guarantee
 from lepton_fl.tasks import arrays_of, load_arrays
 from lepton_fl.tasks.task import BINARY
-from lepton_fl.training import LocalPlan, LocalUpdate, SimulationNoise, train_locally
+from lepton_fl.training import LocalPlan, LocalUpdate, SimulationNoise, UnseededNoise, train_locally
 from lepton_fl.training.local import NO_CLIP
 
 
@@ -160,7 +160,7 @@ def test_each_party_purpose_round_and_seed_has_its_own_stream():
 
 def test_unseeded_noise_never_repeats():
     """Each stream is seeded by the operating system, that of one name asked for twice too."""
-    noise = SimulationNoise.unseeded("north").of("s")
+    noise = UnseededNoise().of("s")
 
     one, other = (torch.rand(4, generator=noise.torch("noise", 1)) for _ in range(2))
 
