@@ -171,6 +171,7 @@ def test_what_was_not_fetched_is_refused(contract_of, cache, name):
 
 def test_a_cached_file_that_was_changed_is_refused(contract_of, cache):
     """A figure from other data would be published as one from these."""
+    cache.mkdir()
     dataset("credit").cached.write_text("ID,SEX\n1,1\n")
     with pytest.raises(VerificationFailed, match="SHA-256"):
         load_dataset("credit", contract_of("credit"))
