@@ -21,6 +21,7 @@ from lepton_fl.cli.terminal import (
     print_json,
     print_table,
     say,
+    write_new,
 )
 from lepton_fl.errors import ConfigError
 
@@ -62,6 +63,7 @@ class Template(StrEnum):
 
 class Engine(StrEnum):
     process = "process"
+    ray = "ray"
 
 
 class Format(StrEnum):
@@ -198,7 +200,7 @@ def init(
     from lepton_fl.cli.texts import STUDIES, flower_texts, policy_text, site_text, study_text
 
     if template is Template.flower:
-        _write_new(folder, flower_texts(folder))
+        write_new(folder, flower_texts(folder))
         app = shlex.quote(str(folder))
         say(f"next: . {app}/flower.env; flwr run {app} --federation-config num-supernodes=4 --stream")
         return
@@ -216,21 +218,9 @@ def init(
             approval="manual",
         ),
     }
-    _write_new(folder, texts)
+    write_new(folder, texts)
     study = shlex.quote(str(folder / "study.toml"))
     say(f"next: lepton-fl plan {study} --sites 5000,20000,9000,12000     (training units of each site)")
-
-
-def _write_new(folder: Path, texts: dict[str, str]) -> None:
-    from lepton_fl.files import write_atomic
-
-    make_writable(folder)
-    if there := [name for name in texts if (folder / name).exists()]:
-        raise ConfigError(f"{folder / there[0]}: exists, and is not overwritten", fix="name another folder")
-    for name, text in texts.items():
-        make_writable((folder / name).parent)
-        write_atomic(folder / name, text.encode())
-        say(f"wrote {folder / name}")
 
 
 @app.command()
@@ -312,8 +302,11 @@ def simulate(
         Path | None,
         typer.Option(help="Folder where the scores of own and pooled models are kept for other runs."),
     ] = None,
-    engine: Annotated[  # noqa: ARG001 - one engine so far; the flag is part of the contract with scripts
-        Engine, typer.Option(help="How the sites are run.")
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="process: all in this one. ray: Flower's own engine; one run on public data, no report."
+        ),
     ] = Engine.process,
     public: Annotated[
         Path | None,
@@ -365,6 +358,27 @@ def simulate(
     if jobs is not None and not sweep:
         raise typer.BadParameter("--jobs is for --sweep")
     folder = run_folder(out, study.study.name, resume=resume)
+    if engine is Engine.ray:
+        from lepton_fl.cli.ray import simulate_on_ray
+
+        more = {
+            "--data": data,
+            "--policies": policies,
+            "--resume": resume,
+            "--curve": curve,
+            "--seeds": seeds > 1,
+            "--sweep": sweep,
+            "--drop": drop,
+            "--public": public,
+            "--baselines": baselines,
+        }
+        if given := [flag for flag, value in more.items() if value]:
+            raise ConfigError(
+                f"engine ray: runs one study once on public data, and has no {given[0]}",
+                fix="--engine process, or --dataset NAME alone",
+            )
+        simulate_on_ray(study_file, folder, dataset=dataset or "", how=request.how, sites=sites, seed=seed)
+        return
     if sweep:
         from lepton_fl.cli.sweeping import run_sweep
 

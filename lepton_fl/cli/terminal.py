@@ -129,3 +129,16 @@ def numbers(text: str, *, option: str, least: float = 0.0) -> tuple[float, ...]:
             "command line", option, found=text, allowed="numbers above 0, separated by commas"
         )
     return found
+
+
+def write_new(folder: Path, texts: dict[str, str]) -> None:
+    """Write files into a folder that has none of them yet; made where absent."""
+    from lepton_fl.files import write_atomic
+
+    make_writable(folder)
+    if there := [name for name in texts if (folder / name).exists()]:
+        raise ConfigError(f"{folder / there[0]}: exists, and is not overwritten", fix="name another folder")
+    for name, text in texts.items():
+        make_writable((folder / name).parent)
+        write_atomic(folder / name, text.encode())
+        say(f"wrote {folder / name}")

@@ -54,13 +54,31 @@ def policy_text(
     return text
 
 
-def flower_texts(folder: Path) -> dict[str, str]:
-    """The files of a Flower app in `folder`, by name: the heart study, under stock Flower."""
+def flower_texts(
+    folder: Path,
+    *,
+    study: str | None = None,
+    dataset: str = "heart",
+    split: str = "natural",
+    sites: int = 4,
+    seed: int = 0,
+) -> dict[str, str]:
+    """The files of a Flower app in `folder`, by name: a study on public data, under stock Flower."""
     home = folder.resolve()
+    fields = {
+        "dataset": json.dumps(dataset),
+        "split": json.dumps(split),
+        "sites": str(sites),
+        "seed": str(seed),
+        "out": json.dumps(str(home / "runs")),
+    }
+    project = _read("flower.pyproject.toml")
+    for name, value in fields.items():
+        project = project.replace("{" + name + "}", value)
     return {
-        "pyproject.toml": _read("flower.pyproject.toml").replace("{out}", json.dumps(str(home / "runs"))),
+        "pyproject.toml": project,
         "flower_app.py": _read("flower.app.txt"),
-        "study.toml": study_text("heart", epsilon=3.0),
+        "study.toml": study_text("heart", epsilon=3.0) if study is None else study,
         "flower.env": _read("flower.env").replace("{home}", shlex.quote(str(home / ".flwr"))),
         ".flwr/config.toml": _read("flower.config.toml"),
     }

@@ -38,6 +38,7 @@ from lepton_fl.simulation.run import (
     rehearsal_site,
     split_sites,
     write_model,
+    write_study,
 )
 from lepton_fl.simulation.simulate import check, freeze
 from lepton_fl.site import Site, SiteData, StockFlower, client_app
@@ -91,7 +92,7 @@ class PublicClientApp(ClientApp):
 
 
 def public_server_app(study_file: Path) -> ServerApp:
-    """Flower's ServerApp for the study in `study_file`; leaves model and checkpoint in OUT/RUN_ID.
+    """Flower's ServerApp for the study in `study_file`; leaves study, model and checkpoint in OUT/RUN_ID.
 
     Raises, when it is run:
         ConfigError: the run config is not understood, or the study needs secure aggregation.
@@ -112,6 +113,7 @@ def public_server_app(study_file: Path) -> ServerApp:
         _wait_for(grid, len(splits), study.train.deadline)
         out = Path(config.out) / str(context.run_id)
         out.mkdir(parents=True, exist_ok=True)
+        write_study(out / "study.toml", study)
         width = Contract.of(study).width
         federation = Federation(
             study=study,

@@ -240,6 +240,11 @@ def first_model(study: Study, width: int, seed: int) -> Arrays:
     return arrays_of(build_model(study, width, SimulationNoise(seed, "server").torch("model")))
 
 
+def write_study(path: Path, study: Study) -> None:
+    """Write the frozen study, as it is run."""
+    write_atomic(path, tomli_w.dumps(study.model_dump(mode="json", exclude_none=True)).encode())
+
+
 def write_model(path: Path, study: Study, arrays: Arrays, labels: Sequence[str]) -> str:
     """Write a run's model as safetensors, its header saying what it is; returns its SHA-256."""
     digest = model_hash(arrays)

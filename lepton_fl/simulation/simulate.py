@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-import tomli_w
 import torch
 
 import lepton_fl
@@ -25,7 +24,6 @@ from lepton_fl.data import Table
 from lepton_fl.errors import ConfigError, DataError, LeptonError, PolicyRefused, TooFewSites
 from lepton_fl.federation import PublicTable, stopping_of
 from lepton_fl.federation.loop import RoundReport
-from lepton_fl.files import write_atomic
 from lepton_fl.privacy import epsilon as composed_epsilon
 from lepton_fl.privacy.guarantee import CURATOR
 from lepton_fl.results import (
@@ -65,6 +63,7 @@ from lepton_fl.simulation.run import (
     prepare,
     split_sites,
     write_model,
+    write_study,
 )
 from lepton_fl.study import OperatingPoint, Study, check_delta, override
 from lepton_fl.tasks import Arrays
@@ -377,8 +376,7 @@ class _Simulation:
     def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None:
         # Not before: a run that every site refuses leaves nothing behind.
         self.plan.out.mkdir(parents=True, exist_ok=True)
-        raw = self.study.model_dump(mode="json", exclude_none=True)
-        write_atomic(self.plan.out / "study.toml", tomli_w.dumps(raw).encode())
+        write_study(self.plan.out / "study.toml", self.study)
         self.display.joined(cohort, refused)
 
     def round_done(self, report: RoundReport, model: Arrays) -> None:

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import lepton_fl
+from lepton_fl.simulation.ray import wait_for_port
 from lepton_fl.tasks import model_hash
 
 pytestmark = [
@@ -34,7 +34,6 @@ class Flower:
     def __init__(self, app, scratch):
         self.app = app
         self._scratch = scratch
-        self._mark = f"FLWR_HOME={app / '.flwr'}"
         env = dict(line.removeprefix("export ").split("=", 1) for line in _exports(app / "flower.env"))
         self._env = {
             **{name: value for name, value in os.environ.items() if name != "LEPTON_FL_SITE"},
@@ -51,21 +50,19 @@ class Flower:
             )
         self._started.append(done)
 
-    def start_superlink(self, *options):
+    def start_superlink(self):
         """A SuperLink on a free port of the loopback, known to `flwr run` as `loopback`."""
         port = free_port()
-        self.start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port), *options)
+        self.start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
         config = self.app / ".flwr" / "config.toml"
         config.write_text(config.read_text().replace("127.0.0.1:9091", f"127.0.0.1:{port}"))
-        # Connects again and again, the waits doubling from half a second.
-        with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:
-            assert client.get(f"http://127.0.0.1:{port}/health", timeout=START).is_success
+        wait_for_port(port)
         return port
 
-    def run(self, *options):
+    def run(self):
         """`flwr run` to its end; what it and the run said."""
         done = subprocess.run(
-            ["flwr", "run", str(self.app), "loopback", "--stream", *options],
+            ["flwr", "run", str(self.app), "loopback", "--stream"],
             env=self._env,
             cwd=self._scratch,
             stdout=subprocess.PIPE,
@@ -82,23 +79,32 @@ class Flower:
         for process in self._started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(START)
-        for number in self.processes():
+        # SuperNodes leave theirs to notice that they are alone.
+        for number in processes(self.app):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-                ended = os.pidfd_open(number)
-                select.select([ended], [], [], START)
-                os.close(ended)
         for process in self._started:
             process.wait(START)
 
-    def processes(self):
-        """Those that carry this environment's mark, defunct ones apart."""
-        found = []
-        for place in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if self._mark.encode() in (place / "environ").read_bytes().split(b"\0"):
-                    found.append(int(place.name))
-        return found
+
+def processes(app):
+    """Those that run in a Flower app's environment, defunct ones apart."""
+    mark, found = f"FLWR_HOME={app / '.flwr'}".encode(), []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (place / "environ").read_bytes().split(b"\0"):
+                found.append(int(place.name))
+    return found
+
+
+def left_behind(app):
+    """Those of `processes` that are still there when each has had its time to end."""
+    for number in processes(app):
+        with contextlib.suppress(ProcessLookupError):
+            watch = os.pidfd_open(number)
+            select.select([watch], [], [], START)
+            os.close(watch)
+    return processes(app)
 
 
 def free_port():
@@ -130,7 +136,7 @@ def flower(app, tmp_path):
     yield flower
     flower.close()
 
-    assert flower.processes() == []
+    assert left_behind(app) == []
 
 
 def in_process(lepton, app, *options):
@@ -167,11 +173,14 @@ def test_a_superlink_and_supernodes_give_the_in_process_model(flower, app, lepto
     assert about["labels"] == "SIMULATED; simulation noise; stock Flower: no site control"
 
 
-def test_flowers_ray_engine_gives_the_in_process_model(flower, app, lepton):
+def test_flowers_ray_engine_gives_the_in_process_model(app, lepton, tmp_path):
     """Bit for bit, over the four hospitals."""
     pytest.importorskip("ray", reason="pip install 'lepton-fl[simulation]'")
-    flower.start_superlink("--simulation")
 
-    digest, _ = left(app, flower.run("--federation-config", "num-supernodes=4"))
+    done = lepton("simulate", app / "study.toml", "--dataset", "heart", "--engine", "ray", "--out", "ray")
 
-    assert digest == in_process(lepton, app)
+    model = load_file(tmp_path / "ray" / "model.safetensors")
+    assert done.code == 0
+    assert model_hash(model) == in_process(lepton, app)
+    assert (tmp_path / "ray" / "checkpoint.safetensors").exists()
+    assert left_behind(tmp_path / "ray" / "flower") == []
