@@ -143,7 +143,7 @@ def test_the_deployment_folders_train_a_model(client_apps, grid, tmp_path):
     assert rounds == [2, 2, 2]
 
 
-def test_the_server_stops_on_the_public_table_of_its_run_config(client_apps, tmp_path):
+def test_the_server_stops_on_the_public_table_of_its_run_config(client_apps, grid, tmp_path):
     """After two rounds of five: a metric of at most 1 cannot rise by 0.9 twice."""
     rule = '[train.early_stopping]\nsignal = "public"\npatience = 1\ntolerance = 0.9\n'
     (tmp_path / "study.toml").write_text(STUDY.replace("rounds = 2", "rounds = 5") + rule)
@@ -152,7 +152,7 @@ def test_the_server_stops_on_the_public_table_of_its_run_config(client_apps, tmp
     config = {key: str(tmp_path / name) for key, name in files.items()}
     context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config=config)
 
-    load_app("server")(InProcessGrid(client_apps), context)
+    load_app("server")(grid, context)
 
     assert [len(app.site.ledger.history("records")) for app in client_apps.values()] == [2, 2, 2]
 
