@@ -5,7 +5,7 @@
 
 The Machine Learning Group of ULB (Dal Pozzolo et al. 2015) published 284,807 payments in order of time.
 Training is on the first 80 %, the test on the other 56,962, of which 75 are frauds. The study is
-ulb.study.toml beside this file; its six banks are cut from one table at random, so they are artificial.
+that of `lepton-fl quickstart ulb`; its six banks are cut from one table at random, so they are artificial.
 
 N = payments, F = features.
 """
@@ -13,22 +13,24 @@ N = payments, F = features.
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from lepton_fl.cli.texts import study_text
+from lepton_fl.config import parse
 from lepton_fl.data import Contract, Table, load_dataset, partition, split
 from lepton_fl.results import Interval
 from lepton_fl.simulation.baselines import linear_scores
 from lepton_fl.simulation.run import Scorer, prepare
-from lepton_fl.study import Study, load_study, override
-from lepton_fl.tasks.metrics import intervals
+from lepton_fl.study import Study, override
+from lepton_fl.tasks.metrics import Bootstrap
 
 BANKS = 6
 SEEDS = (0, 1, 2, 3, 4)
@@ -42,8 +44,9 @@ Scores = Callable[[int], np.ndarray]
 
 @cache
 def study() -> Study:
-    """The study beside this file: epsilon 1 with shared noise."""
-    return load_study(Path(__file__).with_name("ulb.study.toml"))
+    """The study of `lepton-fl quickstart ulb`, at epsilon 1, with shared noise."""
+    shipped = parse(Study, tomllib.loads(study_text("ulb", epsilon=1.0)), file="ulb.study.toml")
+    return override(shipped, {"privacy.noise": "shared", "secure_aggregation.enabled": True})
 
 
 @cache
@@ -99,8 +102,10 @@ CASES: dict[str, tuple[Scores, tuple[int, ...]]] = {
 def judged(score_SN: list[np.ndarray]) -> dict[str, Interval]:
     """Both metrics with 95 % intervals over seeds and test payments."""
     scored = [{"test": (tables()[1].y_N, score_N)} for score_N in score_SN]
-    rng = np.random.default_rng(0)
-    return {metric: intervals(metric, scored, rng=rng, resamples=200)[1] for metric in PUBLISHED}
+    return {
+        metric: Bootstrap(metric, {"case": scored}, seed=0, resamples=200).judge("case")[1]
+        for metric in PUBLISHED
+    }
 
 
 def measured(label: str, seed: int) -> np.ndarray:

@@ -25,12 +25,6 @@ from lepton_fl.cli.terminal import (
 )
 from lepton_fl.errors import ConfigError
 
-QUICKSTART_SEEDS = 6
-QUICKSTART_SITES = 4
-"""Of data without natural sites, unless told otherwise."""
-QUICKSTART_CURVE = (0.1, 0.3, 1.0, 3.0)
-QUICKSTART_BUDGET = 2.0
-"""Epsilon that each hospital of the quickstart allows in all: a few runs, and then no more."""
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -58,6 +52,7 @@ class Template(StrEnum):
     diagnosis = "diagnosis"
     fraud = "fraud"
     credit = "credit"
+    ulb = "ulb"
     flower = "flower"
 
 
@@ -101,12 +96,10 @@ def _root(
 
 @app.command()
 def quickstart(
-    name: Annotated[
-        str, typer.Argument(help="heart: four real hospitals. cancer: one table, cut.")
-    ] = "heart",
+    name: Annotated[str, typer.Argument(help="heart, cancer, credit or ulb.")] = "heart",
     sites: Annotated[
         int | None,
-        typer.Option(help="Cut the data into so many equal sites instead of natural ones.", min=1),
+        typer.Option(help="Cut the data into so many equal, artificial sites.", min=1),
     ] = None,
     epsilon: Annotated[
         float | None,
@@ -124,68 +117,27 @@ def quickstart(
     open_report: Open = False,
     as_json: Json = False,
 ) -> None:
-    """Train one model over real hospitals, privately, and compare it with each one's own.
+    """Train one model over several institutions, privately, and compare it with each one's own.
 
-    NAME is heart (four real hospitals) or cancer (one table, cut into sites).
+    NAME is heart (four real hospitals; half a minute), cancer (one table of tumours, cut into sites), credit
+    (default on a card, 30,000 card holders cut into six artificial banks) or ulb (card fraud, 284,807
+    payments cut into six artificial banks, judged on the later ones). credit and ulb are fetched once,
+    as `lepton-fl data get` does.
 
-    Run it again and again: every run is charged to the same hospitals' privacy ledgers, and when
+    Run it again and again: every run is charged to the same sites' privacy ledgers, and when
     their budget is spent they refuse (exit 4). Edit study.toml and the policies and see what changes.
     """
-    from lepton_fl.cli.running import next_run, read_tables, run_plan, this_command
-    from lepton_fl.cli.texts import policy_text, study_text
-    from lepton_fl.data import dataset
-    from lepton_fl.files import write_atomic
-    from lepton_fl.study import load_study, override
+    from lepton_fl.cli.quickstart import run_quickstart
 
-    known = dataset(name)
-    if known.wheel is not None:
-        raise ConfigError.at(
-            "quickstart",
-            "NAME",
-            found=name,
-            allowed="heart or cancer",
-            fix=f"lepton-fl simulate STUDY --dataset {name} --sites {QUICKSTART_SITES}",
-        )
-    home = make_writable(folder or Path("lepton-quickstart") / name)
-    study_file = home / "study.toml"
-    if not study_file.exists():
-        write_atomic(study_file, study_text(name, epsilon=1.0).encode())
-    study = load_study(study_file)
-    if epsilon is not None:
-        study = override(study, {"privacy.epsilon": epsilon})
-    how = "natural" if sites is None and known.natural_sites else "iid"
-    number = None if how == "natural" else sites or QUICKSTART_SITES
-    tables = read_tables(study, dataset_name=name, data=None, sites=number, how=how, seed=seed)
-    policies = home / "sites"
-    for site in tables:
-        policy = make_writable(policies / site) / "policy.toml"
-        if not policy.exists():
-            text = policy_text(
-                data_id=f"{site}-{known.target}",
-                epsilon_total=QUICKSTART_BUDGET,
-                epsilon_per_study=QUICKSTART_BUDGET,
-                delta_total=study.privacy.delta or 1e-3,
-                privacy_unit=study.privacy.unit,
-                min_rows=20,
-                min_positives=5,
-                approval="auto",
-            )
-            write_atomic(policy, text.encode())
-    say(f"{known.title} ({known.licence})")
-    say(f"study {study_file}, policies and ledgers {policies}")
-    from lepton_fl.simulation import Plan
-
-    plan = Plan(
-        study=study,
-        tables=tables,
-        out=make_writable(next_run(home / "runs")),
-        policies=policies,
-        seeds=tuple(range(seed, seed + QUICKSTART_SEEDS)),
-        curve=QUICKSTART_CURVE,
-        command=this_command(),
-        cut=None if how == "natural" else how,
+    run_quickstart(
+        name,
+        sites=sites,
+        epsilon=epsilon,
+        folder=folder,
+        seed=seed,
+        as_json=as_json,
+        open_report=open_report,
     )
-    run_plan(plan, as_json=as_json, open_report=open_report)
 
 
 @app.command()
@@ -195,7 +147,8 @@ def init(
 ) -> None:
     """Write a commented study.toml, site.toml and policy.toml to begin with.
 
-    The template `flower` is an app for stock Flower instead, on public data: see docs/flower.md.
+    The studies of credit and ulb are on public data: `lepton-fl simulate DIR/study.toml --dataset ulb
+    --sites 6`. The template `flower` is an app for stock Flower instead, on public data: see docs/flower.md.
     """
     from lepton_fl.cli.texts import STUDIES, flower_texts, policy_text, site_text, study_text
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from lepton_fl.data import dataset
 
-STUDIES = {"diagnosis": "heart", "fraud": "fraud", "credit": "credit"}
+STUDIES = {"diagnosis": "heart", "fraud": "fraud", "credit": "credit", "ulb": "ulb"}
 """Template name to study file."""
-_COLUMNS_FROM = ("heart", "cancer")
-"""Studies on bundled data: their columns come with the data."""
+_COLUMNS_FROM = ("heart", "cancer", "credit", "ulb")
+"""Studies on public data: their columns come with the data."""
 
 
 def study_text(name: str, *, epsilon: float) -> str:
-    """study.toml of a template or bundled data set."""
+    """study.toml of a template or public data set."""
     text = _read(f"{name}.study.toml").replace("{epsilon}", repr(epsilon))
     return text + dataset(name).columns_toml if name in _COLUMNS_FROM else text
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from lepton_fl.cli.quickstart import SHOWS, Show
 from lepton_fl.results import read_results
 
 
@@ -385,8 +386,7 @@ def test_report_in_every_format(lepton, short_study, tmp_path):
 
 def test_quickstart_until_the_budget_is_spent(lepton, tmp_path, monkeypatch):
     """Run again and again, the same four hospitals refuse in the end: exit 4, one plain line, no new run."""
-    monkeypatch.setattr("lepton_fl.cli.commands.QUICKSTART_SEEDS", 1)
-    monkeypatch.setattr("lepton_fl.cli.commands.QUICKSTART_CURVE", ())
+    monkeypatch.setitem(SHOWS, "heart", Show(sites=4, seeds=1, curve=()))
     ended = lepton("quickstart", "heart")
     assert ended.code == 0, ended.err
     assert "simulation noise" in ended.out
@@ -404,8 +404,7 @@ def test_quickstart_until_the_budget_is_spent(lepton, tmp_path, monkeypatch):
 
 def test_quickstart_cuts_one_table_into_sites(lepton, monkeypatch):
     """`quickstart cancer --sites N` works on data that have no natural sites."""
-    monkeypatch.setattr("lepton_fl.cli.commands.QUICKSTART_SEEDS", 1)
-    monkeypatch.setattr("lepton_fl.cli.commands.QUICKSTART_CURVE", ())
+    monkeypatch.setitem(SHOWS, "cancer", Show(sites=4, seeds=1, curve=()))
 
     ended = lepton("quickstart", "cancer", "--sites", "3", "--json")
 
