@@ -593,6 +593,8 @@ def override(study: Study, changes: dict[str, Any]) -> Study:
     """A study with dotted keys replaced, checked anew: `{"privacy.epsilon": 3.0}`."""
     raw = study.model_dump(mode="json", exclude_none=True)
     _leave_strategy(raw["train"], changes.get("train.strategy", study.train.strategy))
+    if changes.get("privacy.noise") == "none":
+        raw["privacy"] = {k: v for k, v in raw["privacy"].items() if k not in ("epsilon", "delta")}
     for dotted, value in changes.items():
         *path, last = dotted.split(".")
         table = raw

@@ -617,6 +617,25 @@ def test_override_makes_a_table_that_was_left_out(make_study):
     assert changed.task.operating_point.fpr == 0.1
 
 
+def test_override_of_the_strategy_leaves_nothing_of_the_one_before(make_study):
+    """What was filled in for it goes; what was chosen stays where the next reads it."""
+    adam = make_study(train={"strategy": "fedadam", "local_steps": 5, "server_lr": 0.5})
+
+    averaging = override(adam, {"train.strategy": "fedavg"}).train
+    yogi = override(make_study(train={"strategy": "fedadam", "server_lr": 0.1}), {"train.strategy": "fedyogi"})
+
+    assert (averaging.server_lr, averaging.beta_1, averaging.tau) == (None, None, None)
+    assert override(adam, {"train.strategy": "fedadagrad"}).train.server_lr == 0.5
+    assert yogi.train.server_lr == 0.01
+
+
+def test_override_to_no_noise_promises_nothing(study):
+    """As a file that asks for no noise must."""
+    privacy = override(study, {"privacy.noise": "none"}).privacy
+
+    assert (privacy.epsilon, privacy.delta) == (None, None)
+
+
 def test_override_of_a_key_under_a_value_is_refused(study):
     """`study.name` is no table."""
     with pytest.raises(ConfigError, match="'name' is a value, not a table"):
