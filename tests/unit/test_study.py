@@ -622,7 +622,9 @@ def test_override_of_the_strategy_leaves_nothing_of_the_one_before(make_study):
     adam = make_study(train={"strategy": "fedadam", "local_steps": 5, "server_lr": 0.5})
 
     averaging = override(adam, {"train.strategy": "fedavg"}).train
-    yogi = override(make_study(train={"strategy": "fedadam", "server_lr": 0.1}), {"train.strategy": "fedyogi"})
+    yogi = override(
+        make_study(train={"strategy": "fedadam", "server_lr": 0.1}), {"train.strategy": "fedyogi"}
+    )
 
     assert (averaging.server_lr, averaging.beta_1, averaging.tau) == (None, None, None)
     assert override(adam, {"train.strategy": "fedadagrad"}).train.server_lr == 0.5

@@ -71,7 +71,7 @@ def test_boosting_knows_its_own_records_by_heart(splits):
 
 
 def test_boosting_is_no_straw_man_where_positives_are_rare():
-    """One in five hundred, as card fraud: without a penalty on its leaves it ranks little better than chance."""
+    """One in five hundred, as card fraud: without a penalty on its leaves it ranks little above chance."""
     rng = np.random.default_rng(0)
 
     def made():
