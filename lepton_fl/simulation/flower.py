@@ -59,9 +59,9 @@ class RunConfig(Strict):
     """`[tool.flwr.app.config]`: whose records, and where the result goes."""
 
     dataset: str
-    """A public data set that comes with lepton_fl."""
+    """A public data set; one that is fetched must be in the cache of every node."""
     split: str = "natural"
-    """natural, iid, or dirichlet:ALPHA."""
+    """natural, or how one table is cut, as `partition` takes it."""
     sites: Annotated[int, Field(ge=1, le=10_000)]
     """How many nodes take part: the natural sites, or into how many the records are cut."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -83,7 +83,8 @@ class PublicClientApp(ClientApp):
                     public="stock Flower is for public data sets",
                 )
             study = read_assignment(message).study
-            app = client_app(_site(_read(context), _partition(context), study.canonical, study.id))
+            config = _read(context)
+            app = client_app(_site(config, _partition(config, context), study.canonical, study.id))
         except LeptonError as error:
             # One line for whoever runs the node; the server hears the public part.
             log.warning("refused: %s", error)
@@ -166,9 +167,8 @@ def _read(context: Context) -> RunConfig:
     return config
 
 
-def _partition(context: Context) -> int:
+def _partition(config: RunConfig, context: Context) -> int:
     """Which of the sites this node is, from Flower's node config."""
-    config = _read(context)
     number, parts = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
     if not isinstance(number, int) or parts != config.sites or not 0 <= number < config.sites:
         raise ConfigError.at(

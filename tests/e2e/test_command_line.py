@@ -362,8 +362,16 @@ def test_data_sets_are_listed_and_fetched(lepton, tmp_path, monkeypatch):
         "ulb": "lepton-fl data get ulb",
         "credit": "lepton-fl data get credit",
     }
-    assert "[features.columns.v28]" in lepton("data", "columns", "ulb").out
-    refused(lepton("quickstart", "ulb"), 3, "heart or cancer", "--dataset ulb")
+    assert "\nv28 = {" in lepton("data", "columns", "ulb").out
+
+
+def test_quickstart_fetches_its_data_first(lepton, tmp_path, monkeypatch):
+    """Where they cannot be had it says so, and begins no folder."""
+    monkeypatch.setenv("LEPTON_FL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+    refused(lepton("quickstart", "ulb"), 5, "pip cannot find", "--from FILE")
+    assert not (tmp_path / "lepton-quickstart").exists()
 
 
 def test_approve_is_what_a_manual_policy_waits_for(lepton, short_study, tmp_path):
