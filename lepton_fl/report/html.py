@@ -1,35 +1,18 @@
-"""The report as one HTML file that needs no network, now or in ten years."""
+"""The report of one run, as one HTML file."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from importlib.resources import files
-
 from lepton_fl.report import figures, findings, wording
+from lepton_fl.report.page import render_page
 from lepton_fl.results import Interval, Results
 
 
 def render_html(results: Results) -> str:
-    """The whole page: style, plotly.js, figures and tables in one string.
-
-    Guarantee: the page loads nothing. Its content security policy allows no address at all and only
-    the two scripts below, by digest, so that text from a study or a site can neither run nor call
-    home even if it were to slip past the template's escaping.
-    """
-    # Imported here: a command that writes no report should not wait for them.
-    from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped, unused-ignore]
-
-    scripts = {"plotly": str(get_plotlyjs()), "charts": _resource("report.js")}
-    page = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(_resource("report.html.j2"))
-    return page.render(
+    """The whole page in one string; it loads nothing, as `render_page` promises."""
+    return render_page(
+        "report.html.j2",
+        ["report.css"],
         r=results,
-        style=_resource("report.css"),
-        scripts=scripts,
-        policy=_content_security_policy(list(scripts.values())),
         figures=_figures(results),
         rows=findings.comparisons(results),
         arms={name: findings.arm(results, name) for name in figures.ARMS},
@@ -74,16 +57,3 @@ def _figures(results: Results) -> dict[str, figures.Figure]:
 def _mean(results: Results, name: str) -> Interval | None:
     found = findings.arm(results, name)
     return found.mean if found else None
-
-
-def _content_security_policy(scripts: list[str]) -> str:
-    digests = (hashlib.sha256(script.encode("utf-8")).digest() for script in scripts)
-    allowed = " ".join(f"'sha256-{base64.b64encode(d).decode('ascii')}'" for d in digests)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-
-
-def _resource(name: str) -> str:
-    return files("lepton_fl.report").joinpath(name).read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from lepton_fl.files import write_atomic
 from lepton_fl.report import figures, wording
-from lepton_fl.report.html import _content_security_policy, _resource
+from lepton_fl.report.page import render_page
 from lepton_fl.results import ArmName, Interval, OwnArm, Sweep, SweepAxis, SweepPoint, SweepValue, shown
 
 NOT_CHOSEN = (
@@ -33,22 +33,12 @@ def write_sweep_report(sweep: Sweep, folder: Path) -> Path:
 
 
 def render_sweep(sweep: Sweep) -> str:
-    """The whole page in one string; it loads nothing, under the same policy as a run's report."""
-    # Imported here: a command that writes no report should not wait for them.
-    from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped, unused-ignore]
-
-    drawn = {"metric": figure} if (figure := _metric(sweep)) else {}
-    scripts = {"plotly": str(get_plotlyjs()), "charts": _resource("report.js")}
-    page = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(_resource("sweep.html.j2"))
-    return page.render(
+    """The whole page in one string; it loads nothing, as `render_page` promises."""
+    return render_page(
+        "sweep.html.j2",
+        ["report.css", "sweep.css"],
         s=sweep,
-        style=_resource("report.css") + _resource("sweep.css"),
-        scripts=scripts,
-        policy=_content_security_policy(list(scripts.values())),
-        figures=drawn,
+        figures={"metric": figure} if (figure := _metric(sweep)) else {},
         arms=arms_of(sweep),
         baselines_vary=len(sweep.axes) == 2 and not _one_line(sweep),
         x=_order(sweep)[0].key,
