@@ -1,21 +1,13 @@
-"""The report's charts as plotly figures, in plain JSON types.
-
-A colour is the name of a CSS property (`--federated`): report.js looks it up, so that the charts
-follow the page into dark mode and onto paper. plotly reads tags in the text it draws (links among
-them), so every name that came from a study or a site passes through `_text`.
-"""
+"""The charts of a run's report."""
 
 from __future__ import annotations
 
 import math
-from html import escape
-from typing import Any
 
-from lepton_fl.report import wording
+from lepton_fl.report import chart, wording
+from lepton_fl.report.chart import Figure
 from lepton_fl.report.findings import OWN, arm, better, comparisons, first_seeds, fprs, rare, recall_at
-from lepton_fl.results import Arm, Curve, CurvePoint, FirstSeed, Interval, Results, RoundSummary
-
-Figure = dict[str, Any]
+from lepton_fl.results import Arm, Curve, CurvePoint, FirstSeed, Results, RoundSummary
 
 ARMS = ("local", "linear", "federated", "pooled")
 _BAR = 20
@@ -27,7 +19,7 @@ _LABEL = 24
 def by_site(results: Results) -> Figure:
     """Bars with whiskers: the site's own two models, federated and pooled."""
     rows = comparisons(results)
-    sites = [_text(row.site.site) for row in rows]
+    sites = [chart.text(row.site.site) for row in rows]
     traces: list[Figure] = []
     for index, name in enumerate(ARMS):
         found = arm(results, name)
@@ -38,31 +30,31 @@ def by_site(results: Results) -> Figure:
             {
                 "type": "bar",
                 "orientation": "h",
-                "name": _text(found.label),
+                "name": chart.text(found.label),
                 "y": sites,
                 "x": [i.mean if i else None for i in intervals],
-                "error_x": _whiskers(intervals),
+                "error_x": chart.whiskers(intervals),
                 "marker": {"color": f"--{name}"},
                 "customdata": [wording.interval(i) for i in intervals],
                 "hovertemplate": "%{y}, %{fullData.name}<br>%{customdata}<extra></extra>",
             }
         )
-    layout = _layout(height=90 + len(sites) * (_BAR * max(1, len(traces)) + 14))
+    layout = chart.layout(height=90 + len(sites) * (_BAR * max(1, len(traces)) + 14))
     layout |= {
         "barmode": "group",
         "bargap": 0.22,
         "bargroupgap": 0.08,
-        "yaxis": _axis(
+        "yaxis": chart.axis(
             type="category",
             autorange="reversed",
             showgrid=False,
             automargin=True,
             tickvals=sites,
-            ticktext=[_text(_short(row.site.site)) for row in rows],
+            ticktext=[chart.text(_short(row.site.site)) for row in rows],
         ),
-        "xaxis": _axis(title=wording.METRIC[results.metric], rangemode="tozero"),
+        "xaxis": chart.axis(title=wording.METRIC[results.metric], rangemode="tozero"),
         "annotations": [
-            _note(
+            chart.note(
                 "not defined: only one class<br>among the held-out records"
                 if row.measured
                 else wording.NOT_MEASURED,
@@ -74,7 +66,7 @@ def by_site(results: Results) -> Figure:
     }
     if results.metric == "auc":
         layout["xaxis"]["range"] = [0, 1]
-        layout["shapes"] = [_vertical(0.5)]
+        layout["shapes"] = [chart.vertical(0.5)]
     return {"data": traces, "layout": layout}
 
 
@@ -90,14 +82,14 @@ def against_epsilon(results: Results) -> Figure:
         if found.mean is best and best.low is not None and best.high is not None:
             # The better one's only: a third and a fourth band would hide what lies between them.
             low, high = best.low, best.high
-            traces.append(_band(ends, [low, low], [high, high], colour=f"--{found.arm}-band"))
+            traces.append(chart.band(ends, [low, low], [high, high], colour=f"--{found.arm}-band"))
     for found in own:
         text = wording.interval(found.mean)
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": _text(found.label),
+                "name": chart.text(found.label),
                 "x": ends,
                 "y": [found.mean.mean] * 2,
                 "line": {
@@ -115,16 +107,16 @@ def against_epsilon(results: Results) -> Figure:
         line = sorted((p for p in points if p.noise == noise), key=lambda p: p.epsilon)
         if line:
             traces += _line_with_band(line, label, symbol, colour=f"--noise-{noise}")
-    layout = _layout(height=400)
+    layout = chart.layout(height=400)
     layout |= {
-        "xaxis": _axis(
+        "xaxis": chart.axis(
             title="epsilon (logarithmic)",
             type="log",
             range=[math.log10(end) for end in ends],
             tickvals=epsilons,
             ticktext=[f"{e:g}" for e in epsilons],
         ),
-        "yaxis": _axis(title=wording.METRIC[results.metric], automargin=True),
+        "yaxis": chart.axis(title=wording.METRIC[results.metric], automargin=True),
     }
     return {"data": traces, "layout": layout}
 
@@ -158,10 +150,10 @@ def epsilon_by_round(results: Results) -> Figure:
                 "hovertemplate": f"promised: epsilon {promised:g}<extra></extra>",
             }
         )
-    layout = _layout(height=300)
+    layout = chart.layout(height=300)
     layout |= {
         "xaxis": _round_axis(results),
-        "yaxis": _axis(title="epsilon", rangemode="tozero", automargin=True),
+        "yaxis": chart.axis(title="epsilon", rangemode="tozero", automargin=True),
     }
     return {"data": traces, "layout": layout}
 
@@ -193,24 +185,24 @@ def time_line(results: Results) -> Figure:
                     "mode": "markers",
                     "name": label,
                     "x": [summary.round for _, summary in found],
-                    "y": [_text(site) for site, _ in found],
+                    "y": [chart.text(site) for site, _ in found],
                     "marker": marker,
                     "customdata": [_mark(label, site, summary) for site, summary in found],
                     "hovertemplate": "round %{x}, %{y}<br>%{customdata}<extra></extra>",
                 }
             )
-    layout = _layout(height=110 + 26 * len(rows))
+    layout = chart.layout(height=110 + 26 * len(rows))
     layout |= {
         "xaxis": _round_axis(results) | {"zeroline": False, "range": [0.3, results.rounds[-1].round + 0.7]},
-        "yaxis": _axis(
+        "yaxis": chart.axis(
             type="category",
             categoryorder="array",
-            categoryarray=[_text(site) for site in rows][::-1],
+            categoryarray=[chart.text(site) for site in rows][::-1],
             range=[-0.6, len(rows) - 0.4],
             showgrid=False,
             automargin=True,
-            tickvals=[_text(site) for site in rows],
-            ticktext=[_text(_short(site)) for site in rows],
+            tickvals=[chart.text(site) for site in rows],
+            ticktext=[chart.text(_short(site)) for site in rows],
         ),
     }
     return {"data": traces, "layout": layout}
@@ -223,7 +215,7 @@ def _was_asked(results: Results, site: str) -> bool:
 
 def _mark(label: str, site: str, summary: RoundSummary) -> str:
     why = summary.dropped.get(site)
-    return f"{label}{': ' + _text(why) if why else ''}, {wording.duration(summary.seconds)}"
+    return f"{label}{': ' + chart.text(why) if why else ''}, {wording.duration(summary.seconds)}"
 
 
 def precision_recall(results: Results) -> Figure:
@@ -238,13 +230,13 @@ def precision_recall(results: Results) -> Figure:
         )
     _, first, _ = seen[0]
     prevalence = first.positives / first.records
-    layout = _half_layout()
+    layout = chart.half_layout()
     layout |= {
-        "xaxis": _axis(title="recall", range=[0, 1.01]),
-        "yaxis": _axis(title="precision", range=[0, 1.02], automargin=True),
-        "shapes": [_horizontal(prevalence)],
+        "xaxis": chart.axis(title="recall", range=[0, 1.01]),
+        "yaxis": chart.axis(title="precision", range=[0, 1.02], automargin=True),
+        "shapes": [chart.horizontal(prevalence)],
         "annotations": [
-            _note(f"share of positives {wording.percent(prevalence)}", y=prevalence)
+            chart.note(f"share of positives {wording.percent(prevalence)}", y=prevalence)
             | {"yanchor": "bottom", "bgcolor": "--clear"}
         ],
     }
@@ -279,9 +271,9 @@ def roc(results: Results) -> Figure:
         }
     )
     ticks = [t for t in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) if t >= low]
-    layout = _half_layout()
+    layout = chart.half_layout()
     layout |= {
-        "xaxis": _axis(
+        "xaxis": chart.axis(
             title="false positive rate (logarithmic)",
             type="log",
             range=[math.log10(low), 0.01],
@@ -289,7 +281,7 @@ def roc(results: Results) -> Figure:
             tickvals=ticks,
             ticktext=[wording.percent(t) for t in ticks],
         ),
-        "yaxis": _axis(title="recall", range=[0, 1.02], automargin=True),
+        "yaxis": chart.axis(title="recall", range=[0, 1.02], automargin=True),
     }
     return {"data": traces, "layout": layout}
 
@@ -309,25 +301,25 @@ def recall_at_fpr(results: Results) -> Figure:
         traces.append(
             {
                 "type": "bar",
-                "name": _text(wording.ARM[name]),
+                "name": chart.text(wording.ARM[name]),
                 "x": names,
                 "y": [i.mean if i else None for i in intervals],
-                "error_y": _whiskers(intervals),
+                "error_y": chart.whiskers(intervals),
                 "marker": {"color": f"--{name}"},
                 "customdata": [wording.recall(i) for i in intervals],
                 "hovertemplate": "%{fullData.name}, recall %{x}<br>%{customdata}<extra></extra>",
             }
         )
-    layout = _layout(height=320)
+    layout = chart.layout(height=320)
     layout |= {
         "barmode": "group",
         "bargap": 0.25,
         "bargroupgap": 0.08,
-        "xaxis": _axis(type="category", categoryorder="array", categoryarray=names, showgrid=False)
+        "xaxis": chart.axis(type="category", categoryorder="array", categoryarray=names, showgrid=False)
         | {"range": [-0.5, len(names) - 0.5]},
-        "yaxis": _axis(title="recall", range=[0, 1.02], automargin=True),
+        "yaxis": chart.axis(title="recall", range=[0, 1.02], automargin=True),
         "annotations": [
-            _note("not defined", y="")
+            chart.note("not defined", y="")
             | {"x": name, "y": 0.02, "xshift": 0, "xanchor": "center", "align": "center", "yanchor": "bottom"}
             for fpr, name in zip(rates, names, strict=True)
             if fpr not in defined
@@ -368,11 +360,11 @@ def reliability(results: Results, *, scaled: bool) -> Figure:
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": _text(wording.ARM[found.arm]),
+                "name": chart.text(wording.ARM[found.arm]),
                 "x": [b.score for b in bins],
                 "y": [b.observed.mean for b in bins],
                 # Forty whiskers would hide each other; those of the other arms are in the hover text.
-                "error_y": _whiskers([b.observed for b in bins] if found.arm == "federated" else [])
+                "error_y": chart.whiskers([b.observed for b in bins] if found.arm == "federated" else [])
                 | {"color": f"--{found.arm}", "width": 0},
                 "line": {"color": f"--{found.arm}", "width": 2},
                 "marker": {"size": 6},
@@ -391,10 +383,10 @@ def reliability(results: Results, *, scaled: bool) -> Figure:
             "tickvals": ticks,
             "ticktext": [wording.percent(tick) for tick in ticks],
         }
-    layout = _half_layout()
+    layout = chart.half_layout()
     layout |= {
-        "xaxis": _axis(title="mean score", **axis),
-        "yaxis": _axis(title="share of positives", automargin=True, **axis),
+        "xaxis": chart.axis(title="mean score", **axis),
+        "yaxis": chart.axis(title="share of positives", automargin=True, **axis),
     }
     return {"data": traces, "layout": layout}
 
@@ -407,7 +399,7 @@ def _curve(found: Arm, x: list[float], y: list[float], shape: str) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": _text(wording.ARM[found.arm]),
+        "name": chart.text(wording.ARM[found.arm]),
         "x": x,
         "y": y,
         "line": {
@@ -431,136 +423,15 @@ def _line_with_band(points: list[CurvePoint], label: str, symbol: str, *, colour
         "customdata": [f"{wording.interval(p.mean)}<br>{wording.count(p.seeds, 'seed')}" for p in points],
         "hovertemplate": "%{fullData.name}<br>epsilon %{x}: %{customdata}<extra></extra>",
     }
-    bounded = [
-        (p.epsilon, p.mean.low, p.mean.high)
-        for p in points
-        if p.mean.low is not None and p.mean.high is not None
-    ]
-    if len(bounded) < 2:
-        # A band needs two points; one gets a whisker.
-        line["error_y"] = _whiskers([p.mean for p in points])
-        return [line]
-    x, low, high = (list(column) for column in zip(*bounded, strict=True))
-    return [_band(x, low, high, colour=f"{colour}-band"), line]
-
-
-def _band(x: list[float], low: list[float], high: list[float], *, colour: str) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "x": x + x[::-1],
-        "y": high + low[::-1],
-        "fill": "toself",
-        "fillcolor": colour,
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-        "showlegend": False,
-    }
-
-
-def _whiskers(intervals: list[Interval | None]) -> Figure:
-    up = [0.0] * len(intervals)
-    down = [0.0] * len(intervals)
-    for index, i in enumerate(intervals):
-        if i is not None and i.mean is not None and i.low is not None and i.high is not None:
-            # The percentiles of a skewed bootstrap can leave its mean out: no negative whisker.
-            up[index] = max(0.0, i.high - i.mean)
-            down[index] = max(0.0, i.mean - i.low)
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": up,
-        "arrayminus": down,
-        "color": "--ink",
-        "thickness": 1.5,
-        "width": 4,
-    }
-
-
-def _layout(*, height: int) -> Figure:
-    return {
-        "height": height,
-        "autosize": True,
-        "margin": {"l": 8, "r": 16, "t": 36, "b": 48},
-        "paper_bgcolor": "--clear",
-        "plot_bgcolor": "--clear",
-        "font": {"color": "--ink", "size": 14, "family": "system-ui, sans-serif"},
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1,
-            "yanchor": "bottom",
-            "itemclick": False,
-            "itemdoubleclick": False,
-        },
-        "showlegend": True,
-        # A drag on a phone scrolls the page.
-        "dragmode": False,
-        "hoverlabel": {"bgcolor": "--card", "bordercolor": "--line", "font": {"color": "--ink"}},
-    }
-
-
-def _half_layout() -> Figure:
-    """Of a chart that stands beside another: its legend in small type, or it would take half the height."""
-    layout = _layout(height=380)
-    layout["legend"] |= {"font": {"size": 12}}
-    layout["margin"] |= {"r": 28}
-    return layout
-
-
-def _axis(*, title: str = "", **options: Any) -> Figure:
-    axis: Figure = {
-        "fixedrange": True,
-        "gridcolor": "--line",
-        "linecolor": "--line",
-        "zerolinecolor": "--line",
-    }
-    if title:
-        axis["title"] = {"text": title, "standoff": 12}
-    return axis | options
+    return chart.with_intervals(line, [p.mean for p in points], colour=colour)
 
 
 def _round_axis(results: Results) -> Figure:
     # Left to itself plotly counts a short run in halves of a round.
     ticks = {"dtick": 1} if len(results.rounds) <= 10 else {}
-    return _axis(title="round", showgrid=False, **ticks)
-
-
-def _note(text: str, *, y: str | float) -> Figure:
-    return {
-        "text": text,
-        "x": 0,
-        "xshift": 6,
-        "xanchor": "left",
-        "align": "left",
-        "y": y,
-        "showarrow": False,
-        "font": {"color": "--soft", "size": 12.5},
-        "bgcolor": "--paper",
-    }
-
-
-def _vertical(x: float) -> Figure:
-    return {
-        "type": "line",
-        "x0": x,
-        "x1": x,
-        "y0": 0,
-        "y1": 1,
-        "yref": "paper",
-        "line": {"color": "--soft", "width": 1, "dash": "dot"},
-    }
-
-
-def _horizontal(y: float) -> Figure:
-    return _vertical(0) | {"x0": 0, "x1": 1, "xref": "paper", "y0": y, "y1": y, "yref": "y"}
+    return chart.axis(title="round", showgrid=False, **ticks)
 
 
 def _short(name: str) -> str:
     """`name`, cut so that on a phone the bars keep their room."""
     return name if len(name) <= _LABEL else name[: _LABEL - 1] + "…"
-
-
-def _text(untrusted: str) -> str:
-    return escape(untrusted, quote=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lepton_fl.report import figures, findings, wording
+from lepton_fl.report.chart import Figure
 from lepton_fl.report.page import render_page
 from lepton_fl.results import Interval, Results
 
@@ -30,9 +31,9 @@ def render_html(results: Results) -> str:
     )
 
 
-def _figures(results: Results) -> dict[str, figures.Figure]:
+def _figures(results: Results) -> dict[str, Figure]:
     """The charts that this run has the numbers for, by the id of their place on the page."""
-    drawn: dict[str, figures.Figure] = {}
+    drawn: dict[str, Figure] = {}
     if results.arms and results.sites:
         drawn["by-site"] = figures.by_site(results)
     seen = findings.first_seeds(results)

@@ -9,7 +9,7 @@ from typing import get_args
 from urllib.parse import quote
 
 from lepton_fl.files import write_atomic
-from lepton_fl.report import figures, wording
+from lepton_fl.report import chart, wording
 from lepton_fl.report.page import render_page
 from lepton_fl.results import ArmName, Interval, OwnArm, Sweep, SweepAxis, SweepPoint, SweepValue, shown
 
@@ -93,14 +93,14 @@ def _numeric(axis: SweepAxis) -> bool:
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in axis.values)
 
 
-def _metric(sweep: Sweep) -> figures.Figure | None:
+def _metric(sweep: Sweep) -> chart.Figure | None:
     """The metric along one key, a line for each value of the other; None for more keys, or no figure."""
     if len(sweep.axes) > 2 or not any(_mean(point) is not None for point in sweep.points):
         return None
     along, *by = _order(sweep)
     numeric = _numeric(along)
     values = sorted(along.values, key=float) if numeric else list(along.values)
-    traces: list[figures.Figure] = []
+    traces: list[chart.Figure] = []
     for name in arms_of(sweep):
         if name == "federated":
             continue
@@ -120,10 +120,10 @@ def _metric(sweep: Sweep) -> figures.Figure | None:
         label = ", ".join(["federated", *(f"{key} {shown(value)}" for key, value in fixed.items())])
         colour = f"--series-{number % _SERIES + 1}" if by else "--federated"
         traces += _line(points, "federated", label, colour=colour, number=number, numeric=numeric)
-    layout = figures._layout(height=420)
+    layout = chart.layout(height=420)
     logarithmic = along.key == LOGARITHMIC and numeric and all(float(v) > 0 for v in values)
     title = f"{along.key} (logarithmic)" if logarithmic else along.key
-    axis = figures._axis(title=figures._text(title), automargin=True)
+    axis = chart.axis(title=chart.text(title), automargin=True)
     if logarithmic:
         ends = [math.log10(float(values[0]) / 1.25), math.log10(float(values[-1]) * 1.25)]
         axis |= {"type": "log", "range": ends}
@@ -133,7 +133,7 @@ def _metric(sweep: Sweep) -> figures.Figure | None:
         axis |= {"tickvals": [float(v) for v in values], "ticktext": [f"{float(v):g}" for v in values]}
     layout |= {
         "xaxis": axis,
-        "yaxis": figures._axis(title=wording.METRIC[sweep.metric], automargin=True),
+        "yaxis": chart.axis(title=wording.METRIC[sweep.metric], automargin=True),
     }
     return {"data": traces, "layout": layout}
 
@@ -175,20 +175,20 @@ def _line(
     number: int = 0,
     dash: str = "solid",
     band: bool = True,
-) -> list[figures.Figure]:
+) -> list[chart.Figure]:
     measured: list[tuple[float | str, Interval]] = [
-        (float(value) if numeric else figures._text(shown(value)), interval)
+        (float(value) if numeric else chart.text(shown(value)), interval)
         for value, point in points
         if _mean(point) is not None and (interval := point.arms.get(name)) and interval.mean is not None
     ]
     if not measured:
         return []
     intervals = [interval for _, interval in measured]
-    line: figures.Figure = {
+    line: chart.Figure = {
         "type": "scatter",
         # No line between names: there is nothing in between.
         "mode": "lines+markers" if numeric else "markers",
-        "name": figures._text(label),
+        "name": chart.text(label),
         "x": [x for x, _ in measured],
         "y": [interval.mean for interval in intervals],
         "line": {"color": colour, "width": 2.5 if name == "federated" else 2, "dash": dash},
@@ -196,13 +196,9 @@ def _line(
         "customdata": [wording.interval(interval) for interval in intervals],
         "hovertemplate": "%{fullData.name}<br>%{x}: %{customdata}<extra></extra>",
     }
-    banded = [
-        (float(x), i.low, i.high) for x, i in measured if numeric and i.low is not None and i.high is not None
-    ]
     if not band:
         return [line]
-    if len(banded) < 2:
-        line["error_y"] = figures._whiskers(list(intervals))
-        return [line]
-    x, low, high = (list(column) for column in zip(*banded, strict=True))
-    return [figures._band(x, low, high, colour=f"{colour}-band"), line]
+    if numeric:
+        return chart.with_intervals(line, intervals, colour=colour)
+    line["error_y"] = chart.whiskers(intervals)
+    return [line]
