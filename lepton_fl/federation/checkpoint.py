@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 
 from lepton_fl.errors import ConfigError, VerificationFailed
 from lepton_fl.files import write_atomic
-from lepton_fl.tasks.arrays import Arrays, model_hash
+from lepton_fl.tasks.arrays import Arrays, group_of, model_hash, prefixed
 
 _FORMAT = "lepton-fl/checkpoint/1"
 
@@ -52,8 +52,7 @@ class Checkpoint:
             "stopped_early": self.stopped_early,
             "names": json.dumps(list(self.model)),
         }
-        parts = {"model": self.model, "strategy": self.strategy, "stopping": self.stopping}
-        tensors = {f"{part}/{name}": a for part, arrays in parts.items() for name, a in arrays.items()}
+        tensors = prefixed(model=self.model, strategy=self.strategy, stopping=self.stopping)
         write_atomic(path, save(tensors, metadata={**about, "sha256": _digest(about, tensors)}))
 
     @classmethod
@@ -89,14 +88,10 @@ class Checkpoint:
             started=int(about["started"]),
             done=int(about["done"]),
             model={name: tensors[f"model/{name}"] for name in json.loads(about["names"])},
-            strategy=_part(tensors, "strategy/"),
-            stopping=_part(tensors, "stopping/"),
+            strategy=group_of(tensors, "strategy"),
+            stopping=group_of(tensors, "stopping"),
             stopped_early=about.get("stopped_early", ""),
         )
-
-
-def _part(tensors: Arrays, prefix: str) -> Arrays:
-    return {n.removeprefix(prefix): a for n, a in tensors.items() if n.startswith(prefix)}
 
 
 def _digest(about: dict[str, str], tensors: Arrays) -> str:

@@ -19,6 +19,7 @@ from lepton_fl.data import Contract, load_table, read_csv
 from lepton_fl.errors import ConfigError, DataError
 from lepton_fl.study import EarlyStopping, Study
 from lepton_fl.tasks import Arrays, build_model, load_arrays, task_of
+from lepton_fl.tasks.arrays import group_of, prefixed
 from lepton_fl.tasks.metrics import evaluate
 from lepton_fl.tasks.task import score
 
@@ -129,11 +130,11 @@ class OnUpdates:
         )
 
     def state(self) -> Arrays:
-        return {"largest": np.asarray(self._largest), **{f"sum/{n}": a for n, a in self._sum.items()}}
+        return {"largest": np.asarray(self._largest), **prefixed(sum=self._sum)}
 
     def restore(self, state: Arrays) -> None:
         self._largest = float(state["largest"])
-        self._sum = {n.removeprefix("sum/"): a for n, a in state.items() if n.startswith("sum/")}
+        self._sum = group_of(state, "sum")
 
 
 def stopping_of(study: Study, public: PublicTable | None) -> Stopping | None:

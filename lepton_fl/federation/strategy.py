@@ -20,7 +20,7 @@ from flwr.serverapp.strategy.fedopt import FedOpt
 
 from lepton_fl.messages import from_record, to_record
 from lepton_fl.study import STRATEGY_KEYS, Study, Train
-from lepton_fl.tasks.arrays import Arrays
+from lepton_fl.tasks.arrays import Arrays, group_of, prefixed
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 """Adam's constants as in Kingma and Ba 2015."""
@@ -98,11 +98,11 @@ class Lockstep(FedAvg):
 
     def state(self) -> Arrays:
         """Adam's moments."""
-        return _prefixed(first=self._first, second=self._second)
+        return prefixed(first=self._first, second=self._second)
 
     def restore(self, state: Arrays) -> None:
         """Take up Adam's moments."""
-        self._first, self._second = _under(state, "first/"), _under(state, "second/")
+        self._first, self._second = group_of(state, "first"), group_of(state, "second")
 
 
 class StatelessFedAvg(FedAvg):
@@ -170,11 +170,11 @@ class _Adaptive(FedOpt):
 
     def state(self) -> Arrays:
         """The means of past updates and of their squares."""
-        return _prefixed(m=self.m_t or {}, v=self.v_t or {})
+        return prefixed(m=self.m_t or {}, v=self.v_t or {})
 
     def restore(self, state: Arrays) -> None:
         """Take up the means."""
-        self.m_t, self.v_t = _under(state, "m/"), _under(state, "v/")
+        self.m_t, self.v_t = group_of(state, "m"), group_of(state, "v")
 
 
 class ResumableFedAdam(_Adaptive, FedAdam):
@@ -235,11 +235,3 @@ def expect(strategy: Strategy, sites: int) -> None:
     strategy.fraction_train = 1.0
     strategy.min_train_nodes = sites
     strategy.min_available_nodes = sites
-
-
-def _prefixed(**groups: Arrays) -> Arrays:
-    return {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()}
-
-
-def _under(state: Arrays, prefix: str) -> Arrays:
-    return {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}

@@ -15,6 +15,17 @@ Arrays = dict[str, np.ndarray]
 """Parameter name to float array, in the module's own order."""
 
 
+def prefixed(**groups: Arrays) -> Arrays:
+    """Several groups of arrays as one, `GROUP/NAME` each."""
+    return {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()}
+
+
+def group_of(arrays: Arrays, group: str) -> Arrays:
+    """One of the groups that `prefixed` put together."""
+    start = f"{group}/"
+    return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+
+
 def arrays_of(model: nn.Module) -> Arrays:
     """A copy of the parameters, float32."""
     return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
