@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import tomli_w
 import typer
 
 from lepton_fl.cli.display import SweepDisplay, sweep_display
@@ -18,7 +17,6 @@ from lepton_fl.cli.running import Request, this_command
 from lepton_fl.cli.terminal import INTERRUPTED, fail, make_writable, print_table, say
 from lepton_fl.data import Contract, Table
 from lepton_fl.errors import ConfigError, LeptonError, TooFewSites
-from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Guarantee
 from lepton_fl.report.sweep import NOT_CHOSEN, arms_of, verdict, write_sweep_report
 from lepton_fl.report.wording import ARM, count, spent
@@ -34,6 +32,7 @@ from lepton_fl.results import (
     write_sweep,
 )
 from lepton_fl.simulation import check_plan
+from lepton_fl.simulation.run import write_study
 from lepton_fl.simulation.sweep import Processes, grid, locked, name_of, read_axes, with_results
 from lepton_fl.study import Study
 
@@ -226,8 +225,7 @@ def _keys(sweep: Sweep) -> str:
 def _command(planned: _Planned, folder: Path) -> list[str]:
     """The arguments of `lepton-fl` that run one point, from its own copy of the study."""
     home = make_writable(folder / "points" / planned.name)
-    raw = planned.study.model_dump(mode="json", exclude_none=True)
-    write_atomic(home / "study.toml", tomli_w.dumps(raw).encode())
+    write_study(home / "study.toml", planned.study)
     request = planned.request
     words = ["simulate", str(home / "study.toml"), *request.options(), *request.cutting()]
     words += ["--baselines", str(request.baselines or folder / "baselines"), "--out", str(home)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lepton_fl.data.cells import Batch
@@ -111,7 +111,7 @@ class Postgres:
     port: int = 5432
     dbname: str
     user: str
-    password: Password | None = field(default=None)
+    password: Password | None = None
     ca_file: Path | None = None
     """Who vouches for the server; None for the machine's own list of authorities."""
     encrypted: bool = True
