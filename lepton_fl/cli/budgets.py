@@ -104,17 +104,20 @@ class RunPlan:
         }
 
 
-def budgets(places: list[Path]) -> list[SiteBudget]:
-    """The budgets at `places`: a policy.toml, a site.toml, or a folder with one or with SITE/ folders.
+def budgets(places: list[Path] | None, config: Path | None) -> list[SiteBudget]:
+    """The budgets at `places` and of the site.toml `config`.
+
+    A place is a policy.toml, a site.toml, or a folder with one or with SITE/ folders.
 
     Raises:
         ConfigError: nothing is named, or there is no policy at a place.
     """
-    if not places:
+    named = [*(places or []), *([config] if config else [])]
+    if not named:
         raise ConfigError(
             "no site named", fix="lepton-fl budget show -c site.toml, or name a folder of policies"
         )
-    return [budget for place in places for budget in _at(place)]
+    return [budget for place in named for budget in _at(place)]
 
 
 def _at(place: Path) -> list[SiteBudget]:
@@ -221,3 +224,21 @@ def show(found: list[SiteBudget]) -> None:
             by_study,
             right=(4, 5),
         )
+
+
+def show_history(found: list[SiteBudget]) -> None:
+    """A table for each site: every charge, oldest first."""
+    names = ("at", "study_name", "run", "round", "noise_multiplier", "sampling_rate", "steps", "unit")
+    for budget in found:
+        rows = [[str(charge[name])[:32] for name in names] for charge in budget.history()]
+        print_table(f"{budget.site}: data set {budget.data_set}", names, rows)
+
+
+def show_plans(plans: list[RunPlan], study: Study) -> None:
+    """What one more run would come to, by site."""
+    rows = [
+        (p.site, f"{p.before:.3f}", f"{p.after:.3f}", f"{p.allowed:g}", "fits" if p.fits else "does not fit")
+        for p in plans
+    ]
+    title = f"{study.study.name}: epsilon per {study.privacy.unit}, before and after one run"
+    print_table(title, ("site", "spent", "after", "allowed", ""), rows, right=(1, 2, 3))

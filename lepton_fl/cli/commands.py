@@ -19,7 +19,6 @@ from lepton_fl.cli.terminal import (
     make_writable,
     numbers,
     print_json,
-    print_table,
     say,
     write_new,
 )
@@ -304,8 +303,6 @@ def simulate(
         public=public,
         policies=policies,
     )
-    if (data is None) == (dataset is None):
-        raise typer.BadParameter("give exactly one of --data and --dataset")
     if sweep and policies is not None:
         raise typer.BadParameter("--sweep with --policies: each point would be charged to the same ledgers")
     if jobs is not None and not sweep:
@@ -314,23 +311,7 @@ def simulate(
     if engine is Engine.ray:
         from lepton_fl.cli.ray import simulate_on_ray
 
-        more = {
-            "--data": data,
-            "--policies": policies,
-            "--resume": resume,
-            "--curve": curve,
-            "--seeds": seeds > 1,
-            "--sweep": sweep,
-            "--drop": drop,
-            "--public": public,
-            "--baselines": baselines,
-        }
-        if given := [flag for flag, value in more.items() if value]:
-            raise ConfigError(
-                f"engine ray: runs one study once on public data, and has no {given[0]}",
-                fix="--engine process, or --dataset NAME alone",
-            )
-        simulate_on_ray(study_file, folder, dataset=dataset or "", how=request.how, sites=sites, seed=seed)
+        simulate_on_ray(request, study_file, folder, others={"--resume": resume, "--sweep": sweep})
         return
     if sweep:
         from lepton_fl.cli.sweeping import run_sweep
@@ -377,6 +358,7 @@ def data_check(
     """Check this site's table against a study. Prints counts, never a value; nothing leaves."""
     from dataclasses import asdict
 
+    from lepton_fl.cli.checking import show_check
     from lepton_fl.data import Contract, check_table
     from lepton_fl.site.config import load_site_config
     from lepton_fl.study import load_study
@@ -387,31 +369,7 @@ def data_check(
     if as_json:
         print_json(asdict(found))
     else:
-        title = f"{source}: {found.rows} rows, {found.units} units, {found.positives} positive"
-        rows = [
-            (
-                c.column,
-                c.role,
-                str(c.cells),
-                str(c.missing),
-                str(c.unreadable + c.infinite),
-                str(c.out_of_range),
-                str(c.out_of_vocabulary),
-                "looks like an identifier" if c.distinct_ratio_flag else "",
-            )
-            for c in found.columns
-        ]
-        columns = (
-            "column",
-            "role",
-            "cells",
-            "missing",
-            "not numbers",
-            "out of range",
-            "unknown code",
-            "",
-        )
-        print_table(title, columns, rows, right=(2, 3, 4, 5, 6))
+        show_check(found)
     if not found.ok:
         for problem in found.problems[1:]:
             say(f"lepton-fl: {problem}")
@@ -469,7 +427,7 @@ def budget_show(
     """
     from lepton_fl.cli.budgets import budgets, show
 
-    found = budgets([*(places or []), *([config] if config else [])])
+    found = budgets(places, config)
     if as_json:
         print_json([budget.as_json() for budget in found])
     else:
@@ -483,25 +441,13 @@ def budget_history(
     as_json: Json = False,
 ) -> None:
     """Every charge of a site's ledger, oldest first, as events that any accountant can read."""
-    from lepton_fl.cli.budgets import budgets
+    from lepton_fl.cli.budgets import budgets, show_history
 
-    found = budgets([*(places or []), *([config] if config else [])])
+    found = budgets(places, config)
     if as_json:
         print_json([{"site": b.site, "charges": b.history()} for b in found])
-        return
-    names = (
-        "at",
-        "study_name",
-        "run",
-        "round",
-        "noise_multiplier",
-        "sampling_rate",
-        "steps",
-        "unit",
-    )
-    for budget in found:
-        rows = [[str(charge[name])[:32] for name in names] for charge in budget.history()]
-        print_table(f"{budget.site}: data set {budget.data_set}", names, rows)
+    else:
+        show_history(found)
 
 
 @budget_app.command("plan")
@@ -512,27 +458,16 @@ def budget_plan(
     as_json: Json = False,
 ) -> None:
     """Would a run of this study fit? Spends nothing; exit 4 where it would not."""
-    from lepton_fl.cli.budgets import budgets, plan_run
+    from lepton_fl.cli.budgets import budgets, plan_run, show_plans
     from lepton_fl.study import load_study
 
     study = load_study(study_file)
-    found = budgets([*(places or []), *([config] if config else [])])
+    found = budgets(places, config)
     plans = [plan_run(budget, study) for budget in found]
     if as_json:
         print_json([plan.as_json() for plan in plans])
     else:
-        rows = [
-            (
-                p.site,
-                f"{p.before:.3f}",
-                f"{p.after:.3f}",
-                f"{p.allowed:g}",
-                "fits" if p.fits else "does not fit",
-            )
-            for p in plans
-        ]
-        title = f"{study.study.name}: epsilon per {study.privacy.unit}, before and after one run"
-        print_table(title, ("site", "spent", "after", "allowed", ""), rows, right=(1, 2, 3))
+        show_plans(plans, study)
     if refused := [plan for plan in plans if not plan.fits]:
         fail(f"{refused[0].site}: {refused[0].reason}", 4)
 

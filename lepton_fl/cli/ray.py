@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
 
-from lepton_fl.cli.running import read_tables
+from lepton_fl.cli.running import Request
 from lepton_fl.cli.terminal import make_writable, write_new
 from lepton_fl.cli.texts import flower_texts
+from lepton_fl.errors import ConfigError
 from lepton_fl.privacy import Guarantee
 from lepton_fl.simulation.ray import require_ray, run_on_ray
 from lepton_fl.site import StockFlower
-from lepton_fl.study import load_study
 
 
-def simulate_on_ray(
-    study_file: Path, out: Path, *, dataset: str, how: str, sites: int | None, seed: int
-) -> None:
+def simulate_on_ray(request: Request, study_file: Path, out: Path, *, others: Mapping[str, object]) -> None:
     """Run a study on Ray; leaves model and checkpoint in `out`, and the Flower app in OUT/flower.
 
+    `others` are the flags that are no part of a request.
+
     Raises:
-        ConfigError: the study needs what stock Flower cannot protect, or Ray is not installed.
+        ConfigError: a flag was given that this engine does not have, the study needs what stock Flower cannot
+            protect, or Ray is not installed.
     """
-    study = load_study(study_file)
+    flags = {
+        "--data": request.data,
+        "--policies": request.policies,
+        "--curve": request.curve,
+        "--seeds": len(request.seeds) > 1,
+        "--drop": request.drops,
+        "--public": request.public,
+        "--baselines": request.baselines,
+        **others,
+    }
+    if given := [flag for flag, value in flags.items() if value]:
+        raise ConfigError(
+            f"engine ray: runs one study once on public data, and has no {given[0]}",
+            fix="--engine process, or --dataset NAME alone",
+        )
+    study = request.study
     StockFlower.admit(study)
     require_ray()
-    tables = read_tables(study, dataset_name=dataset, data=None, sites=sites, how=how, seed=seed)
+    tables = request.tables()
     app = out / "flower"
     texts = flower_texts(
         app,
         study=study_file.read_text(encoding="utf-8"),
-        dataset=dataset,
-        split=how,
+        dataset=request.dataset or "",
+        split=request.how,
         sites=len(tables),
-        seed=seed,
+        seed=request.seeds[0],
     )
     write_new(make_writable(out) / "flower", texts)
     made = run_on_ray(app.resolve(), len(tables))

@@ -57,10 +57,14 @@ class Request:
     public: Path | None = None
     policies: Path | None = None
 
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.dataset is None):
+            raise typer.BadParameter("give exactly one of --data and --dataset")
+
     @property
     def how(self) -> str:
         """How the sites come to be."""
-        return self.split or ("natural" if self.sites is None else "iid")
+        return self.split or (NATURAL if self.sites is None else "iid")
 
     def at(self, values: Mapping[str, SweepValue]) -> Request:
         """The same at one point of a sweep.
@@ -275,7 +279,12 @@ def _promise(results: Results) -> str:
     )
 
 
-def arms(text: str) -> tuple:  # type: ignore[type-arg]
+def arms(text: str) -> tuple[ArmName, ...]:
+    """`local,federated` as arms, in the order of a table.
+
+    Raises:
+        ConfigError: federated is not among them, or another is unknown.
+    """
     wanted = [part.strip() for part in text.split(",") if part.strip()]
     if "federated" not in wanted or not set(wanted) <= set(_ARMS):
         allowed = "federated, and any of local and pooled"
