@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from lepton_fl.cli.terminal import console, say
-from lepton_fl.report.wording import spent
+from lepton_fl.report.wording import spent, spent_of
 from lepton_fl.results import RoundSummary, Sweep, SweepPoint
 
 if TYPE_CHECKING:
@@ -133,10 +133,10 @@ class _Live:
 
         grid = Table.grid(padding=(0, 1))
         grid.add_row("charged run", self._title)
-        spent, allowed = self._epsilon
-        if spent is not None and allowed is not None:
-            grid.add_row("epsilon", ProgressBar(total=allowed, completed=spent, width=40))
-            grid.add_row("", _spent(spent, allowed))
+        epsilon, allowed = self._epsilon
+        if epsilon is not None and allowed is not None:
+            grid.add_row("epsilon", ProgressBar(total=allowed, completed=epsilon, width=40))
+            grid.add_row("", _spent(epsilon, allowed))
         if self._seen:
             shown = f"{_sparkline(self._seen)} {self._seen[-1]:.3f} on held-out records"
             grid.add_row(self._metric, shown)
@@ -258,7 +258,7 @@ def _of_point(point: SweepPoint, metric: str) -> str:
 def _spent(epsilon: float | None, allowed: float | None) -> str:
     if epsilon is None or allowed is None:
         return "no privacy"
-    return f"epsilon {epsilon:.2f} of {allowed:g}"
+    return f"epsilon {spent_of(epsilon, allowed)}"
 
 
 def _sparkline(values: list[float], width: int = 40) -> str:

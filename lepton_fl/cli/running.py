@@ -20,7 +20,7 @@ from lepton_fl.cli.terminal import INTERRUPTED, console, fail, print_table, say
 from lepton_fl.data import Contract, Table, file_source, load_dataset, load_table, open_batches
 from lepton_fl.errors import ConfigError, DataError, LeptonError
 from lepton_fl.privacy import Guarantee
-from lepton_fl.report import write_report
+from lepton_fl.report import wording, write_report
 from lepton_fl.results import ArmName, Interval, Results, SweepValue
 from lepton_fl.study import NAME_PATTERN, Study
 
@@ -226,15 +226,17 @@ def _summary(results: Results, folder: Path) -> None:
     all_in = all(site.status == "took part" for site in results.sites)
     rows = []
     for site in results.sites:
-        spent = "-" if site.epsilon_spent is None else f"{site.epsilon_spent:.2f} of {site.epsilon_allowed:g}"
+        spent = (
+            "-" if site.epsilon_spent is None else wording.spent_of(site.epsilon_spent, site.epsilon_allowed)
+        )
         row = [site.site, str(site.train_units), *figures(site.site), spent]
         rows.append(row if all_in else [*row, site.status])
     rows.append(["mean", "", *figures(None), *([""] if all_in else ["", ""])])
     columns = ["site", "units", *_COLUMNS.values(), "epsilon spent"]
-    seeds = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
     intervals = "" if brief else ", 95 % intervals"
     print_table(
-        f"{results.study_name}: {results.metric.upper()} on held-out records, {seeds}{intervals}  "
+        f"{results.study_name}: {results.metric.upper()} on held-out records, "
+        f"{wording.count(len(results.seeds), 'seed')}{intervals}  "
         f"[{', '.join(results.labels)}]",
         columns if all_in else [*columns, ""],
         rows,
@@ -243,7 +245,7 @@ def _summary(results: Results, folder: Path) -> None:
     if results.metric == "auprc":
         _recalls(results)
     typer.echo(results.verdict)
-    typer.echo(_promise(results))
+    typer.echo(f"{wording.guarantee(results.promise)}  [{', '.join(results.labels)}]")
     if results.model is not None:
         typer.echo(f"model sha256 {results.model.sha256}")
     typer.echo(f"report {folder / 'report.html'}   results {folder / 'results.json'}")
@@ -267,16 +269,6 @@ def _figure(value: Interval | None, *, brief: bool) -> str:
     if brief or value.low is None or value.high is None:
         return f"{value.mean:.3f}"
     return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-
-
-def _promise(results: Results) -> str:
-    promise = results.promise
-    if promise.epsilon is None or promise.delta is None:
-        return "No privacy: no noise was added."
-    return (
-        f"Per {promise.unit}: epsilon {promise.epsilon:g}, delta {promise.delta:g}, against "
-        f"{promise.holds_against} ({', '.join(results.labels)})."
-    )
 
 
 def arms(text: str) -> tuple[ArmName, ...]:

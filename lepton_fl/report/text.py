@@ -163,8 +163,8 @@ def _privacy(results: Results) -> list[str]:
     most = most_spent(results)
     if most is not None:
         lines.append(
-            f"Most spent: epsilon {wording.spent(most.epsilon)} of "
-            f"{most.site.epsilon_allowed:g} at {_plain(most.site.site)}, all studies on "
+            f"Most spent: epsilon {wording.spent_of(most.epsilon, most.site.epsilon_allowed)} "
+            f"at {_plain(most.site.site)}, all studies on "
             f"{_plain(most.site.data_set)}, at delta {wording.delta(most.site.delta_total)} "
             f"{_plain(wording.unit(results.promise))}."
         )

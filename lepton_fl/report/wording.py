@@ -85,6 +85,11 @@ def spent(epsilon: float) -> str:
     return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(exact)):g}"
 
 
+def spent_of(epsilon: float, allowed: float) -> str:
+    """`2.01 of 3`."""
+    return f"{spent(epsilon)} of {allowed:g}"
+
+
 def delta(value: float) -> str:
     """`1e-5`, as in a paper."""
     if value >= 1e-3:

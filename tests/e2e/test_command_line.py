@@ -482,7 +482,7 @@ def test_a_study_without_privacy_says_so(lepton, replaced):
     ended = simulate(lepton, study, "--compare", "federated")
 
     assert ended.code == 0, ended.err
-    assert "No privacy: no noise was added." in ended.out
+    assert "The study promises no privacy per record: it adds no noise." in ended.out
     assert "simulation noise" not in ended.out + ended.err
 
 
