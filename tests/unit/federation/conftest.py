@@ -121,6 +121,23 @@ def seen() -> Seen:
 
 
 @pytest.fixture
+def killed_after() -> Callable[[int], Seen]:
+    """An observer that kills the process's run after that round."""
+
+    class Killer(Seen):
+        def __init__(self, last: int) -> None:
+            super().__init__()
+            self.last = last
+
+        def round_done(self, report: Any, model: Any) -> None:
+            super().round_done(report, model)
+            if report.number == self.last:
+                raise KeyboardInterrupt
+
+    return Killer
+
+
+@pytest.fixture
 def make_federation(study, seen) -> Callable[..., Federation]:
     """A run of the study from a model of zeros."""
     return lambda **more: Federation(

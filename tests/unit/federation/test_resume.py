@@ -84,7 +84,7 @@ def test_a_number_that_went_out_is_gone(make_federation, grid, altered, adam, nu
     "name", ["lockstep", "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
 )
 def test_a_resumed_run_ends_where_an_unbroken_one_does(
-    make_federation, make_study, grid, seen, tmp_path, name, stopped
+    make_federation, make_study, grid, seen, killed_after, tmp_path, name, stopped
 ):
     """Killed between two rounds: the state of every strategy included, the same bits."""
     more = {"fedprox": {"proximal_mu": 0.1}, "fedavg": {}}.get(name, {"lr_schedule": "cosine"})
@@ -92,17 +92,9 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     whole = make_federation(study=study, observer=None)
     whole.run(grid)
 
-    class Killer:
-        def joined(self, *_):
-            pass
-
-        def round_done(self, report, _):
-            if report.number == stopped:
-                raise KeyboardInterrupt
-
     path = tmp_path / "checkpoint"
     with pytest.raises(KeyboardInterrupt):
-        make_federation(study=study, observer=Killer(), checkpoint=path).run(grid)
+        make_federation(study=study, observer=killed_after(stopped), checkpoint=path).run(grid)
     resumed = Federation.resume(path, study=study, observer=seen)
     resumed.run(grid)
 

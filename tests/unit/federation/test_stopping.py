@@ -237,23 +237,15 @@ def test_a_rule_that_holds_in_the_last_round_stops_nothing(make_federation, make
 
 @pytest.mark.parametrize("stopped", [1, 2, 3, 4])
 def test_a_resumed_run_stops_where_an_unbroken_one_does(
-    make_federation, grid, stopping_study, tmp_path, stopped
+    make_federation, grid, stopping_study, killed_after, tmp_path, stopped
 ):
     """In the middle of a block, between two, and where the rule had stopped it already."""
     study, path = stopping_study(), tmp_path / "checkpoint"
     whole = make_federation(study=study, observer=None)
     whole.run(grid)
 
-    class Killer:
-        def joined(self, *_):
-            pass
-
-        def round_done(self, report, _):
-            if report.number == stopped:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        make_federation(study=study, observer=Killer(), checkpoint=path).run(grid)
+        make_federation(study=study, observer=killed_after(stopped), checkpoint=path).run(grid)
     resumed = Federation.resume(path, study=study)
     resumed.run(grid)
 
