@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -19,11 +19,9 @@ from lepton_fl.errors import ConfigError
 from lepton_fl.files import write_atomic
 from lepton_fl.study import OperatingPoint
 
-FORMAT = "lepton-fl/results/1"
 ArmName = Literal["local", "linear", "federated", "pooled"]
 """local, linear: a site's own gradient boosting and logistic regression, on its own records alone."""
 OwnArm = Literal["local", "linear"]
-SWEEP_FORMAT = "lepton-fl/sweep/1"
 SweepValue = bool | int | float | str
 
 
@@ -372,7 +370,10 @@ class Sweep(Strict):
     seconds: float
 
 
-def write_results(results: Results, path: Path) -> None:
+_Kept = TypeVar("_Kept", Results, Sweep)
+
+
+def write_results(results: Results | Sweep, path: Path) -> None:
     """Write atomically: a reader sees the old file or the whole new one."""
     write_atomic(path, (results.model_dump_json(indent=1) + "\n").encode("utf-8"))
 
@@ -383,20 +384,7 @@ def read_results(path: Path) -> Results:
     Raises:
         ConfigError: there is no such file, or it is not of this format.
     """
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror}",
-            fix="lepton-fl simulate study.toml --out RUN, then name that folder",
-        ) from None
-    except ValidationError:
-        raise ConfigError(f"{path}: not a results file of format {FORMAT}") from None
-
-
-def write_sweep(sweep: Sweep, path: Path) -> None:
-    """Write atomically: a reader sees the old file or the whole new one."""
-    write_atomic(path, (sweep.model_dump_json(indent=1) + "\n").encode("utf-8"))
+    return _read(Results, path, fix="lepton-fl simulate study.toml --out RUN, then name that folder")
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -405,12 +393,17 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         ConfigError: there is no such file, or it is not of this format.
     """
+    return _read(Sweep, path)
+
+
+def _read(kind: type[_Kept], path: Path, *, fix: str = "") -> _Kept:
     try:
-        return Sweep.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", fix=fix) from None
     except ValidationError:
-        raise ConfigError(f"{path}: not a file of format {SWEEP_FORMAT}") from None
+        named = kind.model_fields["format"].default
+        raise ConfigError(f"{path}: not a file of format {named}") from None
 
 
 def schema() -> str:

@@ -29,7 +29,7 @@ from lepton_fl.results import (
     read_results,
     read_sweep,
     shown,
-    write_sweep,
+    write_results,
 )
 from lepton_fl.simulation import check_plan
 from lepton_fl.simulation.run import write_study
@@ -141,7 +141,7 @@ class _Keeping:
     def _write(self, sweep: Sweep) -> None:
         seconds = round(time.monotonic() - self._began, 2)
         self._sweep = sweep.model_copy(update={"seconds": seconds})
-        write_sweep(self._sweep, self._folder / "sweep.json")
+        write_results(self._sweep, self._folder / "sweep.json")
 
 
 def _plan(request: Request, axes: Sequence[SweepAxis]) -> list[_Planned]:

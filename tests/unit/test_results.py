@@ -20,7 +20,6 @@ from lepton_fl.results import (
     sweep_schema,
     wilson,
     write_results,
-    write_sweep,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +90,7 @@ def test_garbage_is_refused(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_bytes(content)
 
-    with pytest.raises(ConfigError, match=r"results.json: not a results file of format lepton-fl/results/1"):
+    with pytest.raises(ConfigError, match=r"results.json: not a file of format lepton-fl/results/1"):
         read_results(path)
 
 
@@ -101,7 +100,7 @@ def test_another_format_is_refused(results, tmp_path):
     write_results(results, path)
     path.write_text(path.read_text(encoding="utf-8").replace("results/1", "results/2"), encoding="utf-8")
 
-    with pytest.raises(ConfigError, match="not a results file"):
+    with pytest.raises(ConfigError, match="not a file of format"):
         read_results(path)
 
 
@@ -110,7 +109,7 @@ def test_an_unknown_key_is_refused(results, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps({**results.model_dump(mode="json"), "more": 1}), encoding="utf-8")
 
-    with pytest.raises(ConfigError, match="not a results file"):
+    with pytest.raises(ConfigError, match="not a file of format"):
         read_results(path)
 
 
@@ -158,7 +157,7 @@ def sweep():
 
 def test_a_sweep_is_read_as_it_was_written(sweep, tmp_path):
     """A truth stays a truth, a whole number whole."""
-    write_sweep(sweep, tmp_path / "sweep.json")
+    write_results(sweep, tmp_path / "sweep.json")
 
     found = read_sweep(tmp_path / "sweep.json")
 
