@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,17 @@ from lepton_fl.files import write_atomic
 from lepton_fl.simulation.run import Splits
 from lepton_fl.tasks.metrics import Scored
 
+_LABEL = "lepton-fl/kept/2"
+"""Counted up where a baseline comes to be fitted in another way: what was kept before is then not found."""
+
 
 def kept_scores(
     folder: Path | None, arm: str, splits: Splits, seed: int, compute: Callable[[], dict[str, Scored]]
 ) -> dict[str, Scored]:
     """The scores of `arm`, read from `folder` where the same records were scored before.
 
-    The file is named by a digest of everything that a baseline is computed from. Two processes that
-    compute it at the same time write the same bytes.
+    The file is named by a digest of the records, the seed, scikit-learn's version and `_LABEL`. Two processes
+    that compute it at the same time write the same bytes.
     """
     if folder is None:
         return compute()
@@ -44,7 +48,7 @@ def kept_scores(
 
 
 def _digest(splits: Splits, seed: int) -> str:
-    digest = hashlib.sha256(f"lepton-fl/kept/1\n{seed}\n".encode())
+    digest = hashlib.sha256(f"{_LABEL}\nscikit-learn {metadata.version('scikit-learn')}\n{seed}\n".encode())
     for site, parts in sorted(splits.items()):
         for table in parts:
             digest.update(

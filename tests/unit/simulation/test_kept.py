@@ -66,6 +66,15 @@ def test_one_changed_cell_is_another_table(score, splits, column):
     assert score.computed == 2
 
 
+def test_another_scikit_learn_is_another_score(score, splits, monkeypatch):
+    """What an older release scored is no figure of this one."""
+    score(splits)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.1")
+    score(splits)
+
+    assert score.computed == 2
+
+
 def test_a_damaged_file_is_computed_anew(score, splits, tmp_path):
     """And replaced."""
     score(splits)
