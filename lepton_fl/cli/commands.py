@@ -311,7 +311,8 @@ def simulate(
     if engine is Engine.ray:
         from lepton_fl.cli.ray import simulate_on_ray
 
-        simulate_on_ray(request, study_file, folder, others={"--resume": resume, "--sweep": sweep})
+        others = {"--resume": resume, "--sweep": sweep, "--json": as_json, "--open": open_report}
+        simulate_on_ray(request, study_file, folder, others=others)
         return
     if sweep:
         from lepton_fl.cli.sweeping import run_sweep

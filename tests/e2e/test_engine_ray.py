@@ -21,6 +21,8 @@ def simulate(lepton, study, *options):
         (("--dataset", "heart", "--seeds", "2"), "--seeds"),
         (("--dataset", "heart", "--curve", "1"), "--curve"),
         (("--dataset", "heart", "--policies", "."), "--policies"),
+        (("--dataset", "heart", "--json"), "--json"),
+        (("--dataset", "heart", "--open"), "--open"),
     ],
 )
 def test_what_stock_flower_cannot_do_is_refused(lepton, short_study, options, named):
