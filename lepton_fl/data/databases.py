@@ -54,6 +54,7 @@ def read_duckdb(
         connection.execute("SET TimeZone = 'UTC'")
         parameters = None
         if isinstance(source, ParquetFile):
+            connection.execute("SET lock_configuration = true")
             # The name of one file, even where it looks like a pattern.
             parameters, inner = [glob.escape(str(source.path.absolute()))], "FROM read_parquet(?)"
             try:
@@ -67,8 +68,10 @@ def read_duckdb(
                 path = _quoted(str(source.path.absolute()), "'")
                 connection.execute(f"ATTACH {path} AS source (READ_ONLY)")
             connection.execute("USE source")
-            # From here on no other file can be read, and none written.
+            # From here on no other file can be read, and none written. Locked before the query is compiled:
+            # DuckDB has functions that set an option as soon as they are.
             connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
             inner = _only_select(connection, source, duckdb)
             try:
                 found = connection.sql(f"FROM ({inner}\n)")
@@ -76,7 +79,6 @@ def read_duckdb(
                 _refuse_query(source, str(error))
             except duckdb.Error as error:
                 raise _broken(source, error) from None
-        connection.execute("SET lock_configuration = true")
         names = _names(found.columns, contract, source, columns)
         cells = ", ".join(f"coalesce(CAST({name} AS VARCHAR), '')" for name in _identifiers(names))
         wrapped = inner if parameters else f"FROM ({inner}\n)"

@@ -299,6 +299,13 @@ def test_a_duckdb_query_reads_no_other_file(as_duckdb, small, write):
         load(as_duckdb("SELECT * FROM columns"), small)
 
 
+@pytest.mark.parametrize("option", ["enable_logging", "enable_profiling"])
+def test_a_duckdb_query_sets_no_option(as_duckdb, small, option):
+    """DuckDB would set these while it compiles the query."""
+    with pytest.raises(DataError, match="InvalidInputException"):
+        load(as_duckdb(f"SELECT 1 AS age, 1 AS ill FROM {option}()"), small)
+
+
 def test_an_sqlite_query_loads_no_code(as_sqlite, small):
     """Extensions are code."""
     with pytest.raises(DataError, match="OperationalError"):
