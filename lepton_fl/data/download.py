@@ -105,9 +105,9 @@ def _fill(file: IO[bytes], wheel: Wheel, url: str, progress: Progress, context: 
         if answer.status != http.HTTPStatus.PARTIAL_CONTENT or not goes_on:
             there = file.truncate(0)  # It sends the whole file, whatever it was asked for.
         file.seek(there)
-        length = answer.headers.get("Content-Length")
-        if length is not None:
-            verify(f"{wheel.requirement}, bytes", str(there + int(length)), str(wheel.size))
+        # As http.client has read it: None where the server wrote no number.
+        if answer.length is not None:
+            verify(f"{wheel.requirement}, bytes", str(there + answer.length), str(wheel.size))
         while chunk := answer.read(CHUNK_BYTES):
             there += len(chunk)
             if there > wheel.size:
@@ -123,7 +123,7 @@ def _fill(file: IO[bytes], wheel: Wheel, url: str, progress: Progress, context: 
 def _as_connection(url: str, file: IO[bytes]) -> Iterator[None]:
     try:
         yield
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         # Not the disk's, which is not mended by trying again.
         if isinstance(reason, OSError) and reason.errno in (
@@ -135,7 +135,13 @@ def _as_connection(url: str, file: IO[bytes]) -> Iterator[None]:
             raise
         # Of the address only the host: the rest may carry the user's credentials.
         host = urllib.parse.urlsplit(url).hostname
-        said = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
+        if isinstance(error, urllib.error.HTTPError):
+            said = f"HTTP status {error.code}"
+        elif isinstance(reason, OSError):
+            said = reason.strerror or str(reason) or type(reason).__name__
+        else:
+            # Quotes an address, or what the server wrote.
+            said = type(error).__name__
         there = file.seek(0, os.SEEK_END)
         raise ConnectionFailed(
             f"{host}: {said}", fix=f"run it again: it goes on after {there:,} bytes"

@@ -71,6 +71,8 @@ class Server:
         self.breaks_off_at = None
         self.says_length = True
         self.moved_to = None
+        self.length = None
+        self.status = None
 
 
 @pytest.fixture
@@ -87,13 +89,17 @@ def server(wheel_file, tmp_path, write_certificate):
                 self.send_header("Location", state.moved_to)
                 self.end_headers()
                 return
+            if state.status:
+                self.send_response(404, state.status)
+                self.end_headers()
+                return
             start = int(asked[6:-1]) if asked and state.obeys_ranges else 0
             body = state.data[start:]
             self.send_response(206 if start else 200)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(state.data) - 1}/{len(state.data)}")
             if state.says_length:
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", state.length or str(len(body)))
             self.end_headers()
             # A client that has seen enough goes away.
             with contextlib.suppress(OSError):
@@ -178,6 +184,36 @@ def test_a_redirection_without_tls_is_not_followed(wheel, server):
     """Bytes would be verified, but the way there would be anybody's."""
     server.moved_to = "http://127.0.0.1/tiny.whl"
     with pytest.raises(ConnectionFailed, match="without https"):
+        fetch(wheel, server)
+
+
+def test_a_length_that_is_no_number_is_none(wheel, server):
+    """The bytes are counted anyway."""
+    server.length = "many"
+
+    assert fetch(wheel, server)[0] == server.data
+
+
+def test_a_redirection_to_no_address_is_one_line(wheel, server):
+    """Whatever Python's own library makes of it."""
+    server.moved_to = f"https://{'a' * 70}.example/"
+    with pytest.raises(ConnectionFailed, match=r"^127.0.0.1: UnicodeError \(fix: run it again"):
+        fetch(wheel, server)
+
+
+def test_an_address_is_never_quoted(wheel, server):
+    """Python's own error would: it may carry a credential."""
+    server.url += " x"
+    with pytest.raises(ConnectionFailed, match=r"^127.0.0.1: InvalidURL \(") as refused:
+        fetch(wheel, server)
+
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_servers_own_words_are_not_shown(wheel, server):
+    """They may move the terminal's cursor; the number says what is wrong."""
+    server.status = "\x1b[2Jfine"
+    with pytest.raises(ConnectionFailed, match=r"^127.0.0.1: HTTP status 404 \("):
         fetch(wheel, server)
 
 
