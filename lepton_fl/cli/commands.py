@@ -19,6 +19,7 @@ from lepton_fl.cli.terminal import (
     make_writable,
     numbers,
     print_json,
+    printable,
     say,
     write_new,
 )
@@ -487,7 +488,7 @@ def study_show(study_file: StudyFile, as_json: Json = False) -> None:
         print_json(found)
         return
     for name, value in found.items():
-        typer.echo(f"{name.replace('_', ' ')}: {value}")
+        typer.echo(printable(f"{name.replace('_', ' ')}: {value}"))
 
 
 @study_app.command("approve")
@@ -515,7 +516,7 @@ def study_approve(
     admit_study(policy, study, cohort=None, file=str(site.policy), approvals=None)
     found = describe(study)
     for name in ("study", "id", "purpose", "leaves_the_site", "promise"):
-        typer.echo(f"{name.replace('_', ' ')}: {found[name]}")
+        typer.echo(printable(f"{name.replace('_', ' ')}: {found[name]}"))
     if not yes and not typer.confirm(f"Approve this study at {site.name}?", default=False):
         fail("not approved", 4)
     make_writable(site.approvals.parent)

@@ -53,14 +53,21 @@ class Commands(TyperGroup):
 
 def fail(message: str, code: int) -> NoReturn:
     """One plain line on standard error, and the exit code."""
-    line = " ".join(message.split())
-    sys.stderr.write(f"lepton-fl: {line}\n")
+    say(f"lepton-fl: {' '.join(message.split())}")
     raise typer.Exit(code)
 
 
 def say(line: str) -> None:
     """A plain line on standard error: progress and remarks, apart from a command's own output."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
+
+
+def printable(text: str) -> str:
+    """`text` without what moves a cursor, ends a line or turns the reading direction.
+
+    Studies, files and servers are written by others: their words must not pass for ours.
+    """
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -85,7 +92,7 @@ def print_table(
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     out.print(Text(title, style="bold"), soft_wrap=True)
     out.print(table)
 

@@ -292,6 +292,19 @@ def test_every_template_is_accepted(lepton, template):
     assert planned.code == 0, planned.err
 
 
+def test_a_purpose_cannot_pass_for_a_promise(lepton, short_study):
+    """Whoever writes a study writes its purpose, and the privacy officer reads it before the promise."""
+    hidden = 'purpose = "help\\u001b[8m\\npromise: Epsilon 0.01"\nunused = '
+    short_study.write_text(short_study.read_text().replace("purpose = ", hidden).replace("unused", "# was"))
+
+    shown = lepton("study", "show", short_study)
+
+    assert shown.code == 0, shown.err
+    assert [line for line in shown.out.splitlines() if line.startswith("promise: Epsilon")] != []
+    assert "promise: Epsilon 0.01" not in shown.out.splitlines()
+    assert "\x1b" not in shown.out
+
+
 def test_data_check_prints_counts_and_no_value(lepton, tmp_path):
     """`data check` judges a table as a run would, in counts."""
     folder = csv_of(tmp_path, lambda lines: [*lines[:5], "fifty,1", *lines[6:]])
