@@ -378,7 +378,8 @@ class Ledger(AnyLedger):
         Raises:
             ConfigError: the file cannot be opened, or is not a ledger of this format.
         """
-        super().__init__(path)
+        # Absolute: SQLite takes a relative `:memory:` for no file at all.
+        super().__init__(path.absolute())
 
     def _make(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

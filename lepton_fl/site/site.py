@@ -110,9 +110,12 @@ class SiteData:
     test: Table
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Site(Generic[S_co]):
-    """What the mods and the ClientApp of one institution share. Nothing in it comes from a server."""
+    """What the mods and the ClientApp of one institution share. Nothing in it comes from a server.
+
+    Frozen: a type checker lets anything be assigned through `Site[Surroundings]`, a forgetting ledger too.
+    """
 
     name: str
     policy: Policy

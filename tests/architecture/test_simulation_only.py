@@ -37,6 +37,10 @@ MISUSES = {
     "a rehearsal ledger at a deployed site": "Deployed(noise=UnseededNoise(), ledger=RehearsalLedger())",
     "seeded noise at a deployed site": "Deployed(noise=SimulationNoise(0, 'clinic'), ledger=ledger)",
     "a lasting ledger under stock Flower": "StockFlower(noise=SimulationNoise(0, 'clinic'), ledger=ledger)",
+    "other surroundings for a deployed site": (
+        "anywhere: Site[Deployed | Simulated] = deployed; anywhere.surroundings = simulated.surroundings"
+    ),
+    "a rehearsal policy for a deployed site": "deployed.policy = simulated.policy",
     "a site's own table in a simulation": "s: Site[Simulated] = open_site(Path('site.toml'))",
     "a site's own table under stock Flower": "s: Site[StockFlower] = open_site(Path('site.toml'))",
 }
@@ -80,7 +84,7 @@ def test_the_type_checker_rejects(judged, misuse):
     """One error, and it is about the types."""
     (error,) = judged[misuse]
 
-    assert error.endswith(("[arg-type]", "[assignment]", "[dict-item]")), error
+    assert error.endswith(("[arg-type]", "[assignment]", "[dict-item]", "[misc]")), error
 
 
 def test_the_type_checker_accepts_each_in_its_place(judged):
@@ -101,6 +105,14 @@ def test_a_deployed_site_is_not_made_of_parts_of_a_simulation(tmp_path, noise, l
         Deployed(noise=noise, ledger=given)
 
     given.close()
+
+
+def test_a_ledger_is_a_file_whatever_it_is_called(tmp_path, monkeypatch):
+    """SQLite's name for a database that forgets is a name like any other."""
+    monkeypatch.chdir(tmp_path)
+    Ledger(Path(":memory:")).close()
+
+    assert (tmp_path / ":memory:").stat().st_size > 0
 
 
 def test_the_in_process_grid_takes_no_deployed_site(tmp_path):
