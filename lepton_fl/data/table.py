@@ -152,7 +152,8 @@ def load_table(
                 y_N=rows.y_B,
                 unit_N=rows.unit_B,
                 key_U=rows.key_V,
-                raw_NC=rows.raw_BC if raw else rows.raw_BC[:, :0],
+                # A copy: a view would keep all of it in memory, uncounted.
+                raw_NC=rows.raw_BC if raw else rows.raw_BC[:, :0].copy(),
             )
             if rows.time_B is not None:
                 growing.add(time_N=rows.time_B)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lepton_fl.data import Batch, check_table, load_table, pool, read_csv
+from lepton_fl.data.growing import Growing
 from lepton_fl.errors import DataError
 
 FLOAT = {"type": "float", "range": [0, 100]}
@@ -346,3 +347,12 @@ def test_memory_is_bounded_by_the_table(make_contract, write):
     held = sum(a.nbytes for a in (table.x_NF, table.y_N, table.unit_N, table.raw_NC, table.key_U))
     # Twice, while the batches are joined; and a batch of 4,096 rows as text.
     assert peak < 2.1 * held + 8e6
+
+
+def test_raw_numbers_that_are_not_kept_take_no_memory(make_contract, monkeypatch):
+    """Not even while the table is read: a view without columns would hold the whole batch."""
+    blocks, add = [], Growing.add
+    monkeypatch.setattr(Growing, "add", lambda self, **new: (blocks.append(new["raw_NC"]), add(self, **new)))
+    load_table(make_contract({"c": FLOAT}), [batch(c=["1", "2"])], source="t", raw=False)
+
+    assert [(block.shape, block.base) for block in blocks] == [((2, 0), None)]
