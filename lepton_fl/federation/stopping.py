@@ -1,7 +1,8 @@
 """Early stopping, on what costs no privacy: a public table, or the aggregated updates themselves.
 
 **Formal guarantee.** Both rules are functions of public records and of what the sites have released, so a run
-that stops is post-processing of one that does not: the study's promise, calibrated to all rounds, holds.
+that stops is post-processing of one that does not: the study's promise, calibrated to all rounds, holds. A
+smaller one, of the rounds that were run, does not follow: when to stop depends on what was released.
 There is no rule on a site's held-out records: each look at them would be a release, and nobody charges it.
 """
 

@@ -365,6 +365,15 @@ def test_time_line_has_a_mark_for_every_site_and_round(hospitals):
     assert any(why.startswith("dropped: connection lost, ") for why in dropped["customdata"])
 
 
+def test_a_stopped_run_promises_no_less(hospitals):
+    """When to stop was decided by what had been released."""
+    page = render_html(hospitals.model_copy(update={"stopped_early": "the updates cancel"}))
+
+    assert "This run stopped early" in page
+    assert "what it promises is the study's epsilon" in page
+    assert "This run stopped early" not in render_html(hospitals)
+
+
 def test_site_that_was_never_asked_has_no_mark_in_a_lost_round(hospitals):
     """A refused site did not answer in the round that was lost either."""
     rounds = tuple(
