@@ -449,7 +449,13 @@ class _Simulation:
         )
 
     def _bootstrap(self, arms: Mapping[ArmName, list[dict[str, Scored]]]) -> Bootstrap[ArmName]:
-        return Bootstrap(self.study.task.metric, arms, seed=self.seed, resamples=self.plan.bootstrap)
+        return Bootstrap(
+            self.study.task.metric,
+            arms,
+            seed=self.seed,
+            resamples=self.plan.bootstrap,
+            same_records=self.study.evaluation.split == "time",
+        )
 
     def _arms(self, bootstrap: Bootstrap[ArmName], point: OperatingPoint) -> tuple[Arm, ...]:
         noise = self.main.guarantee.sentence()

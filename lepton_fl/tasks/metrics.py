@@ -165,6 +165,10 @@ class Bootstrap(Generic[A]):
     the same for every arm: differences between arms are paired. Besides the sites there is one more list:
     all records of a seed together. Where sites are not defined in a seed they are left out of its mean.
 
+    `same_records`: every seed is judged on the same records in the same order, as where a cutoff in time
+    divides them. They are then drawn once for all seeds: drawn anew for each, their luck would average out
+    as if every seed had brought records of its own, and the intervals would be too narrow.
+
     Every resample is exact. `resamples` says how many there are: as asked, or fewer (`LEAST_RESAMPLES`
     at the least) where so many positives and negatives interleave that it would take minutes.
     """
@@ -176,30 +180,35 @@ class Bootstrap(Generic[A]):
         *,
         seed: int,
         resamples: int = RESAMPLES,
+        same_records: bool = False,
     ) -> None:
         self._seed = seed
         self._arms = {arm: len(seeds) for arm, seeds in arms.items() if seeds}
         self.sites = sorted({site for seeds in arms.values() for scored in seeds for site in scored})
-        lists: dict[tuple[int, int], tuple[list[A], _List]] = {}
-        for s in range(max(self._arms.values(), default=0)):
-            present = [arm for arm, seeds in self._arms.items() if s < seeds]
-            first = arms[present[0]][s]
+        total = max(self._arms.values(), default=0)
+        lists: list[tuple[int, list[tuple[A, int]], _List]] = []
+        for group in [range(total)] if same_records else [range(s, s + 1) for s in range(total)]:
+            judged = [(arm, s) for arm, seeds in self._arms.items() for s in group if s < seeds]
             for k, names in enumerate([*([site] for site in self.sites), self.sites]):
-                named = [name for name in names if name in first]
-                if named:
-                    y_N = np.concatenate([first[name][0] for name in named])
-                    scores = [np.concatenate([arms[arm][s][name][1] for name in named]) for arm in present]
-                    lists[s, k] = present, _List(y_N, scores)
-        counts = sum(found.counts for _, found in lists.values())
+                columns = [
+                    [arms[arm][s][name] for name in names if name in arms[arm][s]] for arm, s in judged
+                ]
+                if columns and columns[0]:
+                    y_N, *others = (np.concatenate([y for y, _ in column]) for column in columns)
+                    if not all(np.array_equal(y_N, other) for other in others):
+                        raise ValueError("scores of different records cannot be paired")
+                    scores = [np.concatenate([score for _, score in column]) for column in columns]
+                    lists.append((k, judged, _List(y_N, scores)))
+        counts = sum(found.counts for _, _, found in lists)
         self.resamples = min(resamples, max(LEAST_RESAMPLES, _COUNTS // max(counts, 1)))
         rng = np.random.default_rng(seed)
-        shape = (1 + len(FPRS), max(self._arms.values(), default=0), len(self.sites) + 1)
+        shape = (1 + len(FPRS), total, len(self.sites) + 1)
         self._point = {arm: np.full(shape, np.nan) for arm in self._arms}
         self._value = {arm: np.full((*shape, self.resamples), np.nan) for arm in self._arms}
-        for (s, k), (present, found) in lists.items():
+        for k, judged, found in lists:
             point_AM = found.figures(metric, None, 1)[:, :, 0]
             value_AMR = found.figures(metric, rng, self.resamples)
-            for a, arm in enumerate(present):
+            for a, (arm, s) in enumerate(judged):
                 self._point[arm][:, s, k] = point_AM[a]
                 self._value[arm][:, s, k] = value_AMR[a]
 

@@ -1,6 +1,7 @@
 """`simulate` charges one run, rehearses the rest, and leaves a whole result however it ends."""
 
 import tomllib
+from importlib import import_module
 from importlib.resources import files
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lepton_fl.config import parse
+from lepton_fl.data import Contract, load_dataset
 from lepton_fl.errors import BudgetExhausted, ConfigError, DataError, TooFewSites
 from lepton_fl.federation import PublicTable
 from lepton_fl.privacy import Ledger
@@ -16,6 +18,7 @@ from lepton_fl.simulation import Drop, check_plan, freeze, simulate
 from lepton_fl.simulation.simulate import Silent
 from lepton_fl.study import Study, override
 from lepton_fl.tasks import model_hash
+from lepton_fl.tasks.metrics import Bootstrap
 
 HOSPITALS = ("cleveland", "hungary", "long-beach", "switzerland")
 
@@ -64,6 +67,28 @@ def test_a_run_can_be_had_again_from_its_folder(heart_plan, tmp_path):
 
     assert study.id == results.study_id
     assert again.model.sha256 == results.model.sha256
+
+
+@pytest.mark.parametrize("how", ["unit", "time"])
+def test_a_cutoff_in_time_judges_every_seed_on_the_same_records(heart_plan, monkeypatch, how):
+    """Their luck is the same for all seeds, and the intervals are told so."""
+    told = []
+
+    def spy(*args, same_records, **more):
+        told.append(same_records)
+        return Bootstrap(*args, same_records=same_records, **more)
+
+    monkeypatch.setattr(import_module("lepton_fl.simulation.simulate"), "Bootstrap", spy)
+    raw = heart_plan().study.model_dump(mode="json", exclude_none=True)
+    del raw["features"]["columns"]["age"]
+    by = {"time": {"time_column": "age", "cutoff": 55}, "unit": {}}
+    study = parse(Study, raw | {"evaluation": {"split": how, **by[how]}}, file="study.toml")
+    tables = load_dataset("heart", Contract.of(study))
+
+    results = simulate(heart_plan(study=study, tables=tables, seeds=(0, 1), compare=("federated",)))
+
+    assert told == [how == "time"]
+    assert results.arms[0].seeds == 2
 
 
 def test_the_sites_are_charged(heart_plan):

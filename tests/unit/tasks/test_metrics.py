@@ -175,6 +175,25 @@ def test_an_interval_of_the_auc_has_the_known_width():
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
 
 
+def test_seeds_judged_on_the_same_records_share_their_luck():
+    """Six seeds whose models agree are as sure as one of them, and no surer."""
+    scored = arm(np.random.default_rng(2), sites=["north"], records=400)
+    _, one, _ = bootstrap("auc", [scored], resamples=1000).judge("ours")
+
+    _, six, _ = Bootstrap("auc", {"ours": [scored] * 6}, seed=0, same_records=True).judge("ours")
+
+    assert six.mean == one.mean
+    assert six.high - six.low == pytest.approx(one.high - one.low, rel=0.1)
+
+
+def test_other_records_are_not_taken_for_the_same():
+    """Their labels tell, where they differ."""
+    rng = np.random.default_rng(2)
+
+    with pytest.raises(ValueError, match="different records"):
+        Bootstrap("auc", {"ours": [arm(rng), arm(rng)]}, seed=0, same_records=True)
+
+
 def test_the_same_seed_gives_the_same_interval():
     """And another gives another."""
     seeds = [arm(np.random.default_rng(3))]
