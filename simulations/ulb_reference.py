@@ -103,7 +103,7 @@ def judged(score_SN: list[np.ndarray]) -> dict[str, Interval]:
     """Both metrics with 95 % intervals over seeds and test payments."""
     scored = [{"test": (tables()[1].y_N, score_N)} for score_N in score_SN]
     return {
-        metric: Bootstrap(metric, {"case": scored}, seed=0, resamples=200).judge("case")[1]
+        metric: Bootstrap(metric, {"case": scored}, seed=0, same_records=True).judge("case")[1]
         for metric in PUBLISHED
     }
 
