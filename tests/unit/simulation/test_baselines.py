@@ -1,11 +1,15 @@
 """Scores of training records that promise no more than held-out records keep."""
 
+import tomllib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
+from lepton_fl.cli.texts import study_text
+from lepton_fl.config import parse
+from lepton_fl.data import Contract, load_dataset
 from lepton_fl.simulation.baselines import (
     FOLDS,
     boosting_scores,
@@ -15,6 +19,8 @@ from lepton_fl.simulation.baselines import (
     own_linear_training_scores,
     pooled_training_scores,
 )
+from lepton_fl.simulation.run import split_sites
+from lepton_fl.study import Study
 
 
 @pytest.fixture
@@ -83,6 +89,23 @@ def test_boosting_is_no_straw_man_where_positives_are_rare():
     train, test = made(), made()
 
     assert average_precision_score(test.y_N, boosting_scores(train, test, 0)) > 0.4
+
+
+def test_boosting_is_no_straw_man_on_a_few_hundred_records():
+    """Three hospitals' own, on two splits: at a rate of 0.1 with 31 leaves their mean AUC is .79."""
+    raw = tomllib.loads(study_text("heart", epsilon=1.0))
+    study = parse(Study, raw, file="study.toml")
+    tables = load_dataset("heart", Contract.of(study))
+    # Almost all of its patients are ill: a handful of held-out negatives tells of luck.
+    del tables["switzerland"]
+
+    found = [
+        roc_auc_score(test.y_N, boosting_scores(train, test, 0))
+        for seed in (0, 1)
+        for train, test in split_sites(tables, study, seed).values()
+    ]
+
+    assert np.mean(found) > 0.81
 
 
 def test_every_arm_scores_every_training_record(splits):
