@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,9 +193,9 @@ def show(found: list[SiteBudget]) -> None:
             (
                 budget.site,
                 budget.data_set,
-                f"{spent:.3f}" if budget.ledger_file.exists() else "no ledger yet",
+                _up(spent) if budget.ledger_file.exists() else "no ledger yet",
                 f"{budget.allowed:g}",
-                f"{max(0.0, budget.allowed - spent):.3f}",
+                f"{max(0.0, budget.allowed - float(_up(spent))):.3f}",
                 f"{budget.policy.budget.delta_total:g}",
                 ", ".join(budget.policy.require.privacy_units),
             )
@@ -204,7 +205,7 @@ def show(found: list[SiteBudget]) -> None:
                 budget.site,
                 s.study_name,
                 s.study[:12],
-                f"{s.epsilon:.3f} at delta {s.delta:g}",
+                f"{_up(s.epsilon)} at delta {s.delta:g}",
                 str(s.runs),
                 str(s.rounds),
                 s.last[:19],
@@ -237,8 +238,14 @@ def show_history(found: list[SiteBudget]) -> None:
 def show_plans(plans: list[RunPlan], study: Study) -> None:
     """What one more run would come to, by site."""
     rows = [
-        (p.site, f"{p.before:.3f}", f"{p.after:.3f}", f"{p.allowed:g}", "fits" if p.fits else "does not fit")
+        (p.site, _up(p.before), _up(p.after), f"{p.allowed:g}", "fits" if p.fits else "does not fit")
         for p in plans
     ]
     title = f"{study.study.name}: epsilon per {study.privacy.unit}, before and after one run"
     print_table(title, ("site", "spent", "after", "allowed", ""), rows, right=(1, 2, 3))
+
+
+def _up(epsilon: float) -> str:
+    """To three decimals, rounded up: what is left is never overstated."""
+    # The inner rounding takes off binary noise.
+    return f"{math.ceil(round(1000 * epsilon, 6)) / 1000:.3f}"

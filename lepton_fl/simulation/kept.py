@@ -15,7 +15,7 @@ from lepton_fl.files import write_atomic
 from lepton_fl.simulation.run import Splits
 from lepton_fl.tasks.metrics import Scored
 
-_LABEL = "lepton-fl/kept/2"
+_LABEL = "lepton-fl/kept/3"
 """Counted up where a baseline comes to be fitted in another way: what was kept before is then not found."""
 
 
