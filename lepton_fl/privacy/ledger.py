@@ -210,7 +210,8 @@ class AnyLedger:
             PolicyRefused: the run had it before, or has trained nothing here.
         """
         with self._transaction():
-            if charged and not self._rounds_of(data_set, run):
+            # The run as this study's: under another study's rules it would ask a second time for one charge.
+            if charged and not self.events(data_set, study=study, run=run):
                 raise PolicyRefused(f"{what}: this run has trained nothing here", public="nothing to judge")
             if what in self.released(data_set, run=run):
                 raise PolicyRefused(

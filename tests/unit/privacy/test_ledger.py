@@ -363,6 +363,14 @@ def test_a_run_that_trained_nothing_is_told_nothing(ledger, spend):
     release(ledger, charged=False)
 
 
+def test_a_study_that_trained_nothing_is_told_nothing(ledger, spend):
+    """Not under the run of another study either."""
+    spend(1)
+
+    with pytest.raises(PolicyRefused, match="has trained nothing here"):
+        release(ledger, study="another", what="another metric")
+
+
 @pytest.mark.parametrize("sql", ["UPDATE releases SET what = ''", "DELETE FROM releases"])
 def test_releases_are_never_changed_or_removed(path, ledger, sql):
     """By no statement either."""
