@@ -30,6 +30,8 @@ ADVICE: dict[Advice, str] = {
 OWN_BEST = (
     "Own best is the better of the site's own models on these records: chosen with hindsight, in its favour."
 )
+FEW = 30
+"""Held-out records of one class, below which a site's percentile intervals are often too narrow."""
 NO_SHARE = "none"
 """A share of nothing."""
 NO_BOUND = "no bound: the study adds no noise"
@@ -132,10 +134,16 @@ def count(number: int, singular: str, plural: str = "") -> str:
 def evidence(results: Results) -> str:
     """What every caption says of the figures above it: n, seeds, resamples and the interval."""
     records = sum(site.test_records for site in results.sites)
+    few = sum(
+        0 < min(site.test_positives, site.test_records - site.test_positives) < FEW for site in results.sites
+    )
+    narrow = (
+        f" Too narrow, as a rule, at {count(few, 'site')} with fewer than {FEW} of one class." if few else ""
+    )
     return (
         f"n = {count(records, 'test record')} at {count(len(results.sites), 'site')}; "
         f"{count(len(results.seeds), 'seed')}; {count(results.bootstrap, 'bootstrap resample')}; "
-        "intervals are 95 % over seeds and test rows."
+        f"intervals are 95 % over seeds and test rows.{narrow}"
     )
 
 

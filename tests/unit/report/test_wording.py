@@ -51,3 +51,24 @@ def test_a_share_of_nothing_is_none():
     """No alarm, no precision."""
     assert wording.share(wilson(0, 0)) == wording.rate(wilson(0, 0)) == "none"
     assert wording.rate(wilson(1, 100)) == "1\u00a0% [0.18, 5.45]"
+
+
+@pytest.mark.parametrize(("positives", "few"), [(1, True), (29, True), (30, False), (70, False), (71, True)])
+def test_intervals_on_few_records_of_one_class_are_said_to_be_narrow(hospitals, positives, few):
+    """At every site 100 are held out; 30 of each class are enough."""
+    sites = tuple(
+        site.model_copy(update={"test_records": 100, "test_positives": positives}) for site in hospitals.sites
+    )
+
+    found = wording.evidence(hospitals.model_copy(update={"sites": sites}))
+
+    assert ("Too narrow, as a rule, at 4 sites with fewer than 30 of one class." in found) == few
+
+
+def test_a_site_of_one_class_has_no_interval_to_be_narrow(hospitals):
+    """It is not among those named."""
+    sites = tuple(
+        site.model_copy(update={"test_records": 100, "test_positives": 100}) for site in hospitals.sites
+    )
+
+    assert "narrow" not in wording.evidence(hospitals.model_copy(update={"sites": sites}))
