@@ -39,6 +39,15 @@ def test_the_expected_error_is_the_mean_gap():
     assert calibration(y_N, np.full(100, 0.9)).expected_error == pytest.approx(0.4)
 
 
+def test_the_expected_error_counts_each_record_once():
+    """25 records make five bins of three and five of two."""
+    y_N, score_N = drawn(25)
+    parts = np.array_split(np.argsort(score_N), 10)
+    expected = sum(abs(score_N[part].sum() - y_N[part].sum()) for part in parts) / 25
+
+    assert calibration(y_N, score_N).expected_error == pytest.approx(expected)
+
+
 def test_certain_and_wrong_is_dear_but_finite():
     """A score of exactly 0 for a positive costs as much as scikit-learn says."""
     y_N, score_N = np.r_[1.0, 0.0], np.r_[0.0, 0.0]
@@ -71,12 +80,12 @@ def test_scaling_lowers_log_loss_on_other_records():
 
 def test_separated_classes_have_a_finite_scale():
     """Platt's softened labels: never quite 0 or 1, whatever the scores."""
-    y_N, score_N = np.repeat([0.0, 1.0], 20), np.repeat([0.0, 1.0], 20)
+    y_N, score_N = np.repeat([0.0, 1.0], [60, 20]), np.repeat([0.0, 1.0], [60, 20])
 
     scaled_N = Platt.fit(y_N, score_N)(score_N)
 
     assert scaled_N[-1] == pytest.approx(21 / 22, abs=0.01)
-    assert scaled_N[0] == pytest.approx(1 / 22, abs=0.01)
+    assert scaled_N[0] == pytest.approx(1 / 62, abs=0.01)
 
 
 def test_scores_that_rank_backwards_are_not_turned_round():
