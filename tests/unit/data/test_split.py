@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from lepton_fl.data import Batch, load_table, partition, split
+from lepton_fl.data.split import _skewed
 from lepton_fl.errors import ConfigError, DataError
 from lepton_fl.study import Evaluation
 
@@ -314,3 +315,14 @@ def test_a_small_alpha_makes_large_and_small_sites(make_table):
 
     assert np.std(apart) > 300
     assert np.std(alike) < 50
+
+
+def test_dirichlet_shares_have_the_spread_of_the_beta_distribution():
+    """Two-sided: alpha = 20 about a share of 0.2, and neither 10 nor 40; 400 draws of two sites of 1,000."""
+    rng = np.random.default_rng(0)
+    positive_U = np.arange(2000) < 400
+
+    share_D = [positive_U[_skewed(positive_U, [1000, 1000], 20.0, rng)[0]].mean() for _ in range(400)]
+
+    assert np.mean(share_D) == pytest.approx(0.2, abs=0.02)
+    assert np.std(share_D) == pytest.approx(np.sqrt(0.2 * 0.8 / 21 + 0.16 / 1000), rel=0.15)
