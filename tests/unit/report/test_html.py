@@ -227,6 +227,14 @@ def test_every_caption_states_its_evidence(page):
         assert re.search(r"95 %|No band: the intervals .* are in the table", caption)
 
 
+def test_large_counts_are_grouped_by_thousands(hospitals):
+    """The card of the run writes its units as all captions write theirs."""
+    sites = tuple(site.model_copy(update={"train_units": 50_000}) for site in hospitals.sites)
+    page = without_plotly(render_html(hospitals.model_copy(update={"sites": sites})))
+
+    assert f"{50_000 * len(sites):,} training units" in page
+
+
 def test_empty_curve_says_how_to_get_one(hospitals):
     """Without a sweep there is a command instead of an empty chart."""
     page = without_plotly(render_html(hospitals.model_copy(update={"curve": ()})))
