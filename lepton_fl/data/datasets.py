@@ -193,7 +193,7 @@ def dataset(name: str) -> Dataset:
         if known.name == name:
             return known
     allowed = ", ".join(known.name for known in DATASETS)
-    raise ConfigError.at("--dataset", "name", found=name, allowed=allowed)
+    raise ConfigError.at("public data", "name", found=name, allowed=allowed)
 
 
 def load_dataset(name: str, contract: Contract) -> dict[str, Table]:

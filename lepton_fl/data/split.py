@@ -82,7 +82,7 @@ def partition(table: Table, how: str, sites: int, rng: np.random.Generator) -> l
     """
     kind, number = _kind(how)
     if sites < 1:
-        raise ConfigError.at("partition", "sites", found=sites, allowed="at least 1")
+        raise ConfigError.at("simulation", "sites", found=sites, allowed="at least 1")
     least = LEAST_UNITS if kind == "quantity-skew" else 2
     if table.units < least * sites:
         raise DataError(
@@ -154,7 +154,7 @@ def _kind(how: str) -> tuple[str, float]:
     kind, _, text = how.partition(":")
     low, high = _BOUNDS.get(kind, (math.inf, -math.inf))
     if not low <= (number := read_number(text)) <= high:
-        raise ConfigError.at("partition", "how", found=how, allowed=PARTITIONS)
+        raise ConfigError.at("simulation", "split", found=how, allowed=PARTITIONS)
     return kind, number
 
 

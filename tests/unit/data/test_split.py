@@ -269,7 +269,7 @@ def test_fewer_than_two_units_a_site_are_refused(make_table):
 )
 def test_an_unknown_partition_is_refused_with_those_there_are(make_table, how):
     """A misspelt flag is one clear line."""
-    forms = "allowed: iid, dirichlet:ALPHA, label-skew:RATIO, quantity-skew:ALPHA"
+    forms = "split: found .*, allowed: iid, dirichlet:ALPHA, label-skew:RATIO, quantity-skew:ALPHA"
     with pytest.raises(ConfigError, match=forms):
         partition(make_table([0, 1] * 4), how, 2, rng())
 
