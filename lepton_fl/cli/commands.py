@@ -21,6 +21,7 @@ from lepton_fl.cli.terminal import (
     print_json,
     printable,
     say,
+    whole_numbers,
     write_new,
 )
 from lepton_fl.errors import ConfigError
@@ -28,7 +29,9 @@ from lepton_fl.errors import ConfigError
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Federated learning for institutions that may not show a record.\n\n"
     "Begin with `lepton-fl quickstart heart`: four hospitals train one model. Then "
@@ -36,13 +39,24 @@ app = typer.Typer(
     "Exit codes: 0 fine, 2 usage, 3 configuration or data refused, 4 privacy budget or policy refused, "
     "5 connection or identity, 6 too few sites, 7 verification failed, 130 interrupted.",
 )
-data_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Check a site's table; fetch public ones.")
+data_app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    suggest_commands=False,
+    help="Check a site's table; fetch public ones.",
+)
 budget_app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    suggest_commands=False,
     help="The privacy budget of a site: spent, left, and what would fit.",
 )
-study_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Show and approve studies at a site.")
+study_app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    suggest_commands=False,
+    help="Show and approve studies at a site.",
+)
 app.add_typer(data_app, name="data")
 app.add_typer(budget_app, name="budget")
 app.add_typer(study_app, name="study")
@@ -173,7 +187,10 @@ def init(
     }
     write_new(folder, texts)
     study = shlex.quote(str(folder / "study.toml"))
-    say(f"next: lepton-fl plan {study} --sites 5000,20000,9000,12000     (training units of each site)")
+    units = "220,210,140,95" if template is Template.diagnosis else "5000,20000,9000,12000"
+    say(f"next: lepton-fl plan {study} --sites {units}     (training units of each site)")
+    if template in (Template.credit, Template.ulb):
+        say(f"then: lepton-fl simulate {study} --dataset {template.value} --sites 6     (public data)")
 
 
 @app.command()
@@ -188,7 +205,7 @@ def plan(
     from lepton_fl.study import load_study
 
     study = load_study(study_file)
-    units = [int(n) for n in numbers(sites, option="--sites", least=1)]
+    units = list(whole_numbers(sites, option="--sites"))
     found = plan_study(study, numbers(epsilon, option="--epsilon"), units)
     if as_json:
         print_json(found.as_json())

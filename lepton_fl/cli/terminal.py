@@ -116,13 +116,13 @@ def make_writable(folder: Path) -> Path:
     except OSError as error:
         raise ConfigError(
             f"{folder}: cannot write here: {error.strerror}",
-            fix="name a writable folder with --out",
+            fix="name another folder, or make this one writable",
         ) from None
     return folder
 
 
-def numbers(text: str, *, option: str, least: float = 0.0) -> tuple[float, ...]:
-    """`1,3,8` as numbers above zero, none below `least`; empty text is none.
+def numbers(text: str, *, option: str) -> tuple[float, ...]:
+    """`1,3,8` as numbers above zero; empty text is none.
 
     Raises:
         ConfigError: a part is no such number.
@@ -131,11 +131,25 @@ def numbers(text: str, *, option: str, least: float = 0.0) -> tuple[float, ...]:
         found = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         found = (0.0,)
-    if any(not (0 < number < float("inf") and number >= least) for number in found):
+    if any(not 0 < number < float("inf") for number in found):
         raise ConfigError.at(
             "command line", option, found=text, allowed="numbers above 0, separated by commas"
         )
     return found
+
+
+def whole_numbers(text: str, *, option: str) -> tuple[int, ...]:
+    """`5000,800` as whole numbers of at least 1; empty text is none.
+
+    Raises:
+        ConfigError: a part is no such number.
+    """
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() and int(part) >= 1 for part in found):
+        raise ConfigError.at(
+            "command line", option, found=text, allowed="whole numbers of at least 1, separated by commas"
+        )
+    return tuple(int(part) for part in found)
 
 
 def write_new(folder: Path, texts: dict[str, str]) -> None:

@@ -103,7 +103,7 @@ def test_unwritable_output_folder_is_refused_before_training(lepton, short_study
     """An output folder that cannot be made is refused at once."""
     ended = lepton("simulate", short_study, "--dataset", "heart", "--out", "/dev/null/run")
 
-    refused(ended, 3, "/dev/null/run", "cannot write here", "--out")
+    refused(ended, 3, "/dev/null/run", "cannot write here", "make this one writable")
     assert "training" not in ended.err
 
 
@@ -303,6 +303,52 @@ def test_a_purpose_cannot_pass_for_a_promise(lepton, short_study):
     assert [line for line in shown.out.splitlines() if line.startswith("promise: Epsilon")] != []
     assert "promise: Epsilon 0.01" not in shown.out.splitlines()
     assert "\x1b" not in shown.out
+
+
+@pytest.mark.parametrize("template", ["diagnosis", "fraud", "credit", "ulb"])
+def test_the_next_step_that_init_names_works(lepton, template):
+    """The first command after `init` is one that is accepted, and public data come with the run on them."""
+    ended = lepton("init", "new", "--template", template)
+    named = next(line for line in ended.err.splitlines() if line.startswith("next: lepton-fl "))
+    words = named.split("     ")[0].removeprefix("next: lepton-fl ").split()
+
+    planned = lepton(*words)
+
+    assert planned.code == 0, planned.err
+    assert "too small" not in planned.out
+    assert ("--dataset" in ended.err) == (template in ("credit", "ulb"))
+
+
+def test_a_plan_takes_whole_units_only(lepton, short_study):
+    """Half a record is refused, not rounded."""
+    refused(lepton("plan", short_study, "--sites", "10.5"), 3, "--sites", "10.5", "whole numbers")
+
+
+def test_init_does_not_advise_a_flag_that_it_has_not(lepton, tmp_path):
+    """A folder that cannot be made is refused with advice that this command can follow."""
+    (tmp_path / "file").touch()
+    ended = lepton("init", tmp_path / "file")
+
+    refused(ended, 3, "cannot write here")
+    assert "--out" not in ended.err
+
+
+def test_help_flows_to_the_width_of_the_terminal(lepton):
+    """A paragraph of help is broken where the terminal ends, and not also where the source did."""
+    lines = [line.strip() for line in lepton("quickstart", "--help").out.splitlines()]
+    first = next(n for n, line in enumerate(lines) if line.startswith("NAME is"))
+    paragraph = lines[first : lines.index("", first)]
+
+    assert min(map(len, paragraph[:-1])) > 60
+
+
+@pytest.mark.parametrize(("words", "meant"), [(("plann",), "plan"), (("data", "chek"), "check")])
+def test_a_misspelt_command_is_told_once_what_was_meant(lepton, words, meant):
+    """The nearest command is named, and named once."""
+    ended = lepton(*words)
+
+    assert ended.code == 2
+    assert (ended.err + ended.out).count(f"'{meant}'") == 1
 
 
 def test_data_check_prints_counts_and_no_value(lepton, tmp_path):
