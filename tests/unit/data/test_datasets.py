@@ -105,7 +105,7 @@ def test_heart_passes_the_check_as_a_file(contract_of, tmp_path):
 def test_an_unknown_data_set_is_refused_with_those_there_are():
     """A misspelt name is one clear line."""
     with pytest.raises(
-        ConfigError, match="^public data: name: found 'hart', allowed: heart, cancer, ulb, credit"
+        ConfigError, match=r"^public data: name: found 'hart', allowed: heart, cancer, ulb, credit"
     ):
         dataset("hart")
 
