@@ -8,11 +8,18 @@ from functools import partial
 import numpy as np
 
 from lepton_fl.data import Table, pool
-from lepton_fl.tasks.metrics import Scored
+from lepton_fl.results import OwnArm
+from lepton_fl.tasks.metrics import Metric, Scored, evaluate
+
+Fit = Callable[[Table, Table], np.ndarray]
+"""Trains on one table and scores another [N]."""
 
 LOCAL_LABEL = "own gradient boosting, no privacy"
 LINEAR_LABEL = "own logistic regression, no privacy"
-POOLED_LABEL = "gradient boosting on all records in one place, no privacy"
+POOLED_LABEL: dict[OwnArm, str] = {
+    "local": "gradient boosting on all records in one place, no privacy",
+    "linear": "logistic regression on all records in one place, no privacy",
+}
 FOLDS = 3
 
 
@@ -61,9 +68,7 @@ def linear_scores(train: Table, test: Table) -> np.ndarray:
     return score_N
 
 
-def out_of_fold(
-    train: Table, fit: Callable[[Table, Table], np.ndarray], rng: np.random.Generator
-) -> np.ndarray:
+def out_of_fold(train: Table, fit: Fit, rng: np.random.Generator) -> np.ndarray:
     """Scores [N] of the training records themselves, each by a model that has not seen its unit.
 
     `fit` trains on one table and scores another. A threshold or a calibration must not be set on scores of
@@ -96,10 +101,10 @@ def local_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[st
     return {name: (test.y_N, boosting_scores(train, test, seed)) for name, (train, test) in sites.items()}
 
 
-def pooled_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
-    """Each site's held-out records, scored by boosting on the training records of all sites."""
-    everyone = pool([train for train, _ in sites.values()])
-    return {name: (test.y_N, boosting_scores(everyone, test, seed)) for name, (_, test) in sites.items()}
+def pooled_scores(sites: Mapping[str, tuple[Table, Table]], seed: int, kind: OwnArm) -> dict[str, Scored]:
+    """Each site's held-out records, scored by a model of this kind on the training records of all sites."""
+    everyone, fit = pool([train for train, _ in sites.values()]), _fits(seed)[kind]
+    return {name: (test.y_N, fit(everyone, test)) for name, (_, test) in sites.items()}
 
 
 def own_linear_training_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
@@ -114,10 +119,26 @@ def local_training_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -
     return {name: (train.y_N, out_of_fold(train, fit, rng)) for name, (train, _) in sites.items()}
 
 
-def pooled_training_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
-    """Each site's training records, scored by boosting on all sites' training records out of fold."""
+def pooled_training_scores(
+    sites: Mapping[str, tuple[Table, Table]], seed: int, metric: Metric
+) -> tuple[OwnArm, dict[str, Scored]]:
+    """The kind of model that does better out of fold on the training records of all sites, and its scores.
+
+    Whoever had all records would choose so, without a look at those held out. By one kind alone the pool
+    would come out below what it can do, and the federation too near to it.
+    """
     everyone = pool([train for train, _ in sites.values()])
-    score_N = out_of_fold(everyone, partial(boosting_scores, seed=seed), np.random.default_rng(seed))
+    found = {
+        kind: out_of_fold(everyone, fit, np.random.default_rng(seed)) for kind, fit in _fits(seed).items()
+    }
+    reached = {kind: evaluate(metric, everyone.y_N, score_N) for kind, score_N in found.items()}
+    # Boosting where neither is defined: with one class only.
+    kind: OwnArm = "linear" if reached["linear"] > reached["local"] else "local"
     ends = np.cumsum([len(train) for train, _ in sites.values()])[:-1]
-    parts = np.split(score_N, ends)
-    return {name: (train.y_N, part) for (name, (train, _)), part in zip(sites.items(), parts, strict=True)}
+    parts = np.split(found[kind], ends)
+    named = zip(sites.items(), parts, strict=True)
+    return kind, {name: (train.y_N, part) for (name, (train, _)), part in named}
+
+
+def _fits(seed: int) -> dict[OwnArm, Fit]:
+    return {"local": partial(boosting_scores, seed=seed), "linear": linear_scores}

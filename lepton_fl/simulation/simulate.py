@@ -227,6 +227,8 @@ class _Simulation:
     """Held-out records of every seed so far."""
     trained: dict[ArmName, dict[str, Scored]] = field(default_factory=dict)
     """Training records of the first seed: what a site sets its threshold and its calibration on."""
+    pooled_kind: OwnArm = "local"
+    """Of the model on all records in one place."""
     curve: list[CurvePoint] = field(default_factory=list)
     status: Literal["completed", "interrupted", "stopped"] = "completed"
     labels: tuple[str, ...] = ()
@@ -315,20 +317,22 @@ class _Simulation:
                 log.warning("no rehearsal of seed %d and after: %s", seed, error)
                 break
             self.display.advance()
+        if "pooled" in baselines:
+            found = pooled_training_scores(self.splits, self.seed, self.study.task.metric)
+            self.pooled_kind, self.trained["pooled"] = found
+            self.display.advance()
         for seed in plan.seeds:
             if "local" in baselines:
                 self._baseline("local", seed, splits[seed], partial(local_scores, splits[seed], seed))
                 self._baseline("linear", seed, splits[seed], partial(own_linear_scores, splits[seed]))
                 self.display.advance()
             if "pooled" in baselines:
-                self._baseline("pooled", seed, splits[seed], partial(pooled_scores, splits[seed], seed))
+                compute = partial(pooled_scores, splits[seed], seed, self.pooled_kind)
+                self._baseline("pooled", seed, splits[seed], compute, self.pooled_kind)
                 self.display.advance()
         if "local" in baselines:
             self.trained["local"] = local_training_scores(self.splits, self.seed)
             self.trained["linear"] = own_linear_training_scores(self.splits, self.seed)
-            self.display.advance()
-        if "pooled" in baselines:
-            self.trained["pooled"] = pooled_training_scores(self.splits, self.seed)
             self.display.advance()
         for epsilon in plan.curve:
             for noise in kinds:
@@ -345,9 +349,14 @@ class _Simulation:
                 self.curve.append(CurvePoint(epsilon=epsilon, noise=noise, mean=mean, seeds=len(scored)))
 
     def _baseline(
-        self, arm: ArmName, seed: int, splits: Splits, compute: Callable[[], dict[str, Scored]]
+        self,
+        arm: ArmName,
+        seed: int,
+        splits: Splits,
+        compute: Callable[[], dict[str, Scored]],
+        kind: OwnArm | None = None,
     ) -> None:
-        found = kept_scores(self.plan.kept, arm, splits, seed, compute)
+        found = kept_scores(self.plan.kept, f"{arm}-{kind}" if kind else arm, splits, seed, compute)
         self.scored.setdefault(arm, []).append(found)
 
     def _curve_kinds(self) -> list[Literal["local", "shared"]]:
@@ -463,7 +472,10 @@ class _Simulation:
             "local": (LOCAL_LABEL, "records never leave the site; the model is not private"),
             "linear": (LINEAR_LABEL, "records never leave the site; the model is not private"),
             "federated": (f"federated {self.study.model_name}", noise),
-            "pooled": (POOLED_LABEL, "none: every site's records are shown to whoever pools them"),
+            "pooled": (
+                POOLED_LABEL[self.pooled_kind],
+                "none: every site's records are shown to whoever pools them",
+            ),
         }
         arms = []
         for name, (label, privacy) in about.items():

@@ -1,6 +1,7 @@
 """Scores of training records that promise no more than held-out records keep."""
 
 import tomllib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,9 +109,27 @@ def test_boosting_is_no_straw_man_on_a_few_hundred_records():
     assert np.mean(found) > 0.81
 
 
+def test_the_pool_takes_the_kind_of_model_that_its_training_records_favour(splits):
+    """A line for what a line divides, trees for what none does; held-out labels are not looked at."""
+    rng = np.random.default_rng(0)
+
+    def kind_for(label):
+        made = {}
+        for site, (train, test) in splits.items():
+            x_NF = rng.uniform(-1, 1, (len(train), train.x_NF.shape[1])).astype(np.float32)
+            raw_NC = x_NF[:, : train.raw_NC.shape[1]].astype(np.float64)
+            y_N = label(x_NF).astype(np.float32)
+            made[site] = (replace(train, x_NF=x_NF, raw_NC=raw_NC, y_N=y_N), replace(test, y_N=1 - test.y_N))
+        return pooled_training_scores(made, 0, "auc")[0]
+
+    assert kind_for(lambda x_NF: x_NF[:, 0] + x_NF[:, 1] > 0) == "linear"
+    assert kind_for(lambda x_NF: np.abs(x_NF[:, 0]) > 0.5) == "local"
+
+
 def test_every_arm_scores_every_training_record(splits):
     """In the order of the site's own table."""
-    for scores in (own_linear_training_scores(splits, 0), pooled_training_scores(splits, 0)):
+    _, pooled = pooled_training_scores(splits, 0, "auc")
+    for scores in (own_linear_training_scores(splits, 0), pooled):
         for site, (train, _) in splits.items():
             y_N, score_N = scores[site]
             assert np.array_equal(y_N, train.y_N)
