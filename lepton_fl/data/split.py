@@ -92,9 +92,9 @@ def partition(table: Table, how: str, sites: int, rng: np.random.Generator) -> l
     sizes = [len(part) for part in np.array_split(np.arange(table.units), sites)]
     match kind:
         case "dirichlet":
-            shares = _skewed(_positive_units(table), sizes, number, rng)
+            shares = _skewed(table.positive_U, sizes, number, rng)
         case "label-skew":
-            shares = _in_progression(_positive_units(table), sizes, number, rng)
+            shares = _in_progression(table.positive_U, sizes, number, rng)
         case "quantity-skew":
             spread = rng.dirichlet(np.full(sites, number)) * (table.units - least * sites)
             shares = _cut(rng.permutation(table.units), least + _whole(spread))
@@ -104,12 +104,6 @@ def partition(table: Table, how: str, sites: int, rng: np.random.Generator) -> l
     for site, share in enumerate(shares):
         site_U[share] = site
     return [table.subset(site_U[table.unit_N] == site) for site in range(sites)]
-
-
-def _positive_units(table: Table) -> Mask:
-    positive_U = np.zeros(table.units, dtype=bool)
-    positive_U[table.unit_N[table.y_N == 1]] = True
-    return positive_U
 
 
 def _by_unit(table: Table, evaluation: Evaluation, key: bytes) -> Mask:

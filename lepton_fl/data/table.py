@@ -61,6 +61,13 @@ class Table:
         # Not the sum: in float32 that stops counting at 16.8 million.
         return int(np.count_nonzero(self.y_N))
 
+    @property
+    def positive_U(self) -> NDArray[np.bool_]:
+        """By unit: whether any of its records has the positive label."""
+        positive_U = np.zeros(self.units, dtype=bool)
+        positive_U[self.unit_N[self.y_N == 1]] = True
+        return positive_U
+
     def subset(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Table:
         """The records under a mask, or at these places in this order; units are numbered anew."""
         row_N: NDArray[np.int64] = np.flatnonzero(which) if which.dtype == bool else which  # type: ignore[assignment]

@@ -14,8 +14,10 @@ from lepton_fl.tasks.metrics import Metric, Scored, evaluate
 Fit = Callable[[Table, Table], np.ndarray]
 """Trains on one table and scores another [N]."""
 
-LOCAL_LABEL = "own gradient boosting, no privacy"
-LINEAR_LABEL = "own logistic regression, no privacy"
+OWN_LABEL: dict[OwnArm, str] = {
+    "local": "own gradient boosting, no privacy",
+    "linear": "own logistic regression, no privacy",
+}
 POOLED_LABEL: dict[OwnArm, str] = {
     "local": "gradient boosting on all records in one place, no privacy",
     "linear": "logistic regression on all records in one place, no privacy",
@@ -77,11 +79,9 @@ def out_of_fold(train: Table, fit: Fit, rng: np.random.Generator) -> np.ndarray:
     folds = min(FOLDS, train.units)
     if folds < 2:
         return np.full(len(train), float(train.y_N.mean()))
-    positive_U = np.zeros(train.units, dtype=bool)
-    positive_U[train.unit_N[train.y_N == 1]] = True
     # Units are dealt out in random order, those with positives first: each fold gets its share of them.
     shuffled_U = rng.permutation(train.units)
-    order_U = shuffled_U[np.argsort(~positive_U[shuffled_U], kind="stable")]
+    order_U = shuffled_U[np.argsort(~train.positive_U[shuffled_U], kind="stable")]
     fold_U = np.empty(train.units, dtype=np.int64)
     fold_U[order_U] = np.arange(train.units) % folds
     fold_N = fold_U[train.unit_N]
@@ -91,14 +91,10 @@ def out_of_fold(train: Table, fit: Fit, rng: np.random.Generator) -> np.ndarray:
     return score_N
 
 
-def own_linear_scores(sites: Mapping[str, tuple[Table, Table]]) -> dict[str, Scored]:
-    """Each site's held-out records, scored by logistic regression on its own training records alone."""
-    return {name: (test.y_N, linear_scores(train, test)) for name, (train, test) in sites.items()}
-
-
-def local_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
-    """Each site's held-out records, scored by boosting on its own training records alone."""
-    return {name: (test.y_N, boosting_scores(train, test, seed)) for name, (train, test) in sites.items()}
+def own_scores(sites: Mapping[str, tuple[Table, Table]], seed: int, kind: OwnArm) -> dict[str, Scored]:
+    """Each site's held-out records, scored by a model of this kind on its own training records alone."""
+    fit = _fits(seed)[kind]
+    return {name: (test.y_N, fit(train, test)) for name, (train, test) in sites.items()}
 
 
 def pooled_scores(sites: Mapping[str, tuple[Table, Table]], seed: int, kind: OwnArm) -> dict[str, Scored]:
@@ -107,15 +103,11 @@ def pooled_scores(sites: Mapping[str, tuple[Table, Table]], seed: int, kind: Own
     return {name: (test.y_N, fit(everyone, test)) for name, (_, test) in sites.items()}
 
 
-def own_linear_training_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
-    """Each site's training records, scored by logistic regression out of fold."""
-    rng = np.random.default_rng(seed)
-    return {name: (train.y_N, out_of_fold(train, linear_scores, rng)) for name, (train, _) in sites.items()}
-
-
-def local_training_scores(sites: Mapping[str, tuple[Table, Table]], seed: int) -> dict[str, Scored]:
-    """Each site's training records, scored by boosting out of fold."""
-    rng, fit = np.random.default_rng(seed), partial(boosting_scores, seed=seed)
+def own_training_scores(
+    sites: Mapping[str, tuple[Table, Table]], seed: int, kind: OwnArm
+) -> dict[str, Scored]:
+    """Each site's training records, scored by a model of this kind out of fold."""
+    rng, fit = np.random.default_rng(seed), _fits(seed)[kind]
     return {name: (train.y_N, out_of_fold(train, fit, rng)) for name, (train, _) in sites.items()}
 
 

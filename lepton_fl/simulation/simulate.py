@@ -41,13 +41,10 @@ from lepton_fl.results import (
     write_results,
 )
 from lepton_fl.simulation.baselines import (
-    LINEAR_LABEL,
-    LOCAL_LABEL,
+    OWN_LABEL,
     POOLED_LABEL,
-    local_scores,
-    local_training_scores,
-    own_linear_scores,
-    own_linear_training_scores,
+    own_scores,
+    own_training_scores,
     pooled_scores,
     pooled_training_scores,
 )
@@ -323,16 +320,16 @@ class _Simulation:
             self.display.advance()
         for seed in plan.seeds:
             if "local" in baselines:
-                self._baseline("local", seed, splits[seed], partial(local_scores, splits[seed], seed))
-                self._baseline("linear", seed, splits[seed], partial(own_linear_scores, splits[seed]))
+                for kind in OWN_LABEL:
+                    self._baseline(kind, seed, splits[seed], partial(own_scores, splits[seed], seed, kind))
                 self.display.advance()
             if "pooled" in baselines:
                 compute = partial(pooled_scores, splits[seed], seed, self.pooled_kind)
                 self._baseline("pooled", seed, splits[seed], compute, self.pooled_kind)
                 self.display.advance()
         if "local" in baselines:
-            self.trained["local"] = local_training_scores(self.splits, self.seed)
-            self.trained["linear"] = own_linear_training_scores(self.splits, self.seed)
+            for kind in OWN_LABEL:
+                self.trained[kind] = own_training_scores(self.splits, self.seed, kind)
             self.display.advance()
         for epsilon in plan.curve:
             for noise in kinds:
@@ -469,8 +466,8 @@ class _Simulation:
     def _arms(self, bootstrap: Bootstrap[ArmName], point: OperatingPoint) -> tuple[Arm, ...]:
         noise = self.main.guarantee.sentence()
         about: dict[ArmName, tuple[str, str]] = {
-            "local": (LOCAL_LABEL, "records never leave the site; the model is not private"),
-            "linear": (LINEAR_LABEL, "records never leave the site; the model is not private"),
+            "local": (OWN_LABEL["local"], "records never leave the site; the model is not private"),
+            "linear": (OWN_LABEL["linear"], "records never leave the site; the model is not private"),
             "federated": (f"federated {self.study.model_name}", noise),
             "pooled": (
                 POOLED_LABEL[self.pooled_kind],

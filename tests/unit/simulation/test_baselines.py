@@ -15,9 +15,8 @@ from lepton_fl.simulation.baselines import (
     FOLDS,
     boosting_scores,
     linear_scores,
-    local_training_scores,
     out_of_fold,
-    own_linear_training_scores,
+    own_training_scores,
     pooled_training_scores,
 )
 from lepton_fl.simulation.run import split_sites
@@ -71,7 +70,7 @@ def test_boosting_knows_its_own_records_by_heart(splits):
     train, _ = splits["d"]
     in_fold_N = boosting_scores(train, train, 0)
 
-    y_N, score_N = local_training_scores(splits, 0)["d"]
+    y_N, score_N = own_training_scores(splits, 0, "local")["d"]
 
     assert np.array_equal(y_N, train.y_N)
     assert np.abs(in_fold_N - y_N).mean() < np.abs(score_N - y_N).mean() * 0.8
@@ -129,7 +128,7 @@ def test_the_pool_takes_the_kind_of_model_that_its_training_records_favour(split
 def test_every_arm_scores_every_training_record(splits):
     """In the order of the site's own table."""
     _, pooled = pooled_training_scores(splits, 0, "auc")
-    for scores in (own_linear_training_scores(splits, 0), pooled):
+    for scores in (own_training_scores(splits, 0, "linear"), pooled):
         for site, (train, _) in splits.items():
             y_N, score_N = scores[site]
             assert np.array_equal(y_N, train.y_N)
