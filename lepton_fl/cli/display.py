@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from lepton_fl.cli.terminal import console, say
 from lepton_fl.report.wording import spent, spent_of
@@ -18,16 +19,19 @@ _ENDED = ("completed", "stopped", "refused", "killed")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-class RunDisplay(Protocol):
-    """A display that is entered for the time of a run."""
-
-    def __enter__(self) -> RunDisplay: ...
+class _Entered(Protocol):
+    def __enter__(self) -> Self: ...
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+class RunDisplay(_Entered, Protocol):
+    """A display that is entered for the time of a run."""
+
     def stage(self, title: str, total: int) -> None: ...
     def advance(self) -> None: ...
     def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None: ...
@@ -74,11 +78,37 @@ class _Lines:
             )
 
 
-class _Live:
+class _InTerminal(ABC):
+    """Drawn anew again and again on standard error, while it is entered."""
+
+    def __init__(self, *, refresh_per_second: float) -> None:
+        from rich.live import Live
+
+        self._live = Live(
+            get_renderable=self._render, console=console(stderr=True), refresh_per_second=refresh_per_second
+        )
+
+    @abstractmethod
+    def _render(self) -> RenderableType:
+        """How things stand."""
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+
+class _Live(_InTerminal):
     """Progress bar, epsilon bar, the metric so far, and the sites."""
 
     def __init__(self, metric: str, labels: str) -> None:
-        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         self._metric = metric
@@ -91,19 +121,7 @@ class _Live:
         self._epsilon: tuple[float | None, float | None] = (None, None)
         self._seen: list[float] = []
         self._title = "before the first round"
-        self._live = Live(get_renderable=self._render, console=console(stderr=True), refresh_per_second=8)
-
-    def __enter__(self) -> _Live:
-        self._live.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.__exit__(kind, error, trace)
+        super().__init__(refresh_per_second=8)
 
     def stage(self, title: str, total: int) -> None:
         for task in self._progress.tasks:
@@ -147,16 +165,9 @@ class _Live:
         return Group(Text(self._labels, style="bold yellow"), self._progress, grid)
 
 
-class SweepDisplay(Protocol):
+class SweepDisplay(_Entered, Protocol):
     """A display that is entered for the time of a sweep."""
 
-    def __enter__(self) -> SweepDisplay: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
     def show(self, sweep: Sweep) -> None:
         """How the points stand."""
 
@@ -191,30 +202,17 @@ class _SweepLines:
         say(f"{done}/{len(self._sweep.points)} {_of_point(point, self._sweep.metric)}")
 
 
-class _SweepLive:
+class _SweepLive(_InTerminal):
     """A bar, the points that run, and the last that ended."""
 
     def __init__(self, sweep: Sweep) -> None:
-        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
         self._sweep = sweep
         self._progress = Progress("[bold]points", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = self._progress.add_task("points", total=len(sweep.points))
         self._last: list[SweepPoint] = []
-        self._live = Live(get_renderable=self._render, console=console(stderr=True), refresh_per_second=4)
-
-    def __enter__(self) -> _SweepLive:
-        self._live.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.__exit__(kind, error, trace)
+        super().__init__(refresh_per_second=4)
 
     def show(self, sweep: Sweep) -> None:
         self._sweep = sweep

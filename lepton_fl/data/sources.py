@@ -41,25 +41,24 @@ class ParquetFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DuckDB:
+class _QueryOnFile:
+    path: Path
+    query: str
+
+    def __str__(self) -> str:
+        return f"query on {self.path}"
+
+
+class DuckDB(_QueryOnFile):
     """A query on a DuckDB database file, which is opened to be read only."""
 
-    path: Path
-    query: str
-
-    def __str__(self) -> str:
-        return f"query on {self.path}"
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SQLite:
+class SQLite(_QueryOnFile):
     """A query on an SQLite database file, which is opened to be read only."""
 
-    path: Path
-    query: str
-
-    def __str__(self) -> str:
-        return f"query on {self.path}"
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
