@@ -8,6 +8,7 @@
     ├── PolicyRefused               4    the site's policy forbids it
     │   └── BudgetExhausted         4    the site's privacy budget does not cover it
     ├── ConnectionFailed            5    a server cannot be reached, or does not let us in
+    │   └── IdentityRefused         5    a certificate, token or fingerprint does not prove what it should
     ├── ProtocolError               5    a peer is at fault, and is named
     │   ├── BadReply                5    a site's reply cannot enter the aggregate
     │   └── BadRequest              5    a server's message cannot be obeyed
@@ -68,6 +69,10 @@ class ConnectionFailed(LeptonError):
     """A server cannot be reached, or does not let us in. Safe to try again."""
 
     exit_code = 5
+
+
+class IdentityRefused(ConnectionFailed):
+    """A certificate, token or fingerprint does not prove who somebody is. Trying again does not help."""
 
 
 class ProtocolError(LeptonError):

@@ -1,0 +1,1 @@
+"""A site's agent: one warm process that obeys its own institution."""
