@@ -9,11 +9,22 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    DEFAULT_TTL,
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.supercore.task_identity import TaskIdentity
 
 from lepton_fl.errors import BadReply, BadRequest, LeptonError
@@ -40,7 +51,7 @@ _TASK = 1
 _ERROR_BASE = 1000
 """Above Flower's own error codes; the rest is the exit code of the error's class."""
 _INTERNAL = _ERROR_BASE + 1
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
+RUN_ID = re.compile(r"[0-9a-f]{32}")
 _MAX_STUDY = 4 << 20
 """Bytes. A study of ten thousand columns has about one million."""
 _MAX_COHORT = 10_000
@@ -119,7 +130,7 @@ def read_assignment(message: Message) -> Assignment:
         raise BadRequest("message: carries no study")
     if len(canonical) > _MAX_STUDY:
         raise BadRequest(f"message: a study of {len(canonical)} bytes, at most {_MAX_STUDY} are read")
-    if not (isinstance(run, str) and _RUN_ID.fullmatch(run)):
+    if not (isinstance(run, str) and RUN_ID.fullmatch(run)):
         raise BadRequest("message: carries no run id")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise BadRequest("message: carries no round")
@@ -197,3 +208,31 @@ def refusal_exit_code(reply: Message) -> int:
     """The exit code that a refusal's error class has; 1 for faults that are no refusal."""
     code = reply.error.code - _ERROR_BASE
     return code if 1 < code < 8 else 1
+
+
+def round_of(message: Message) -> int:
+    """The round that a message of ours belongs to; 0 if none."""
+    found = message.content.config_records.get(CONFIG, ConfigRecord()).get(ROUND)
+    return found if isinstance(found, int) else 0
+
+
+SITS_OUT = _ERROR_BASE + 50
+"""Code of a reply that gives nothing for this round, and may for the next."""
+
+
+def incoming(content: RecordDict, *, kind: str, run: str, message_id: str) -> Message:
+    """A message as it reaches a site over a transport of ours. Its reply carries the same run and id."""
+    metadata = Metadata(
+        run_id=int(run[:15], 16),
+        message_id=message_id,
+        src_node_id=1,
+        dst_node_id=2,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=DEFAULT_TTL,
+        message_type=kind,
+    )
+    # Flower's own way, which its types leave out: without it the process would be tied to one run.
+    made: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
+    return made

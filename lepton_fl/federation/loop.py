@@ -200,6 +200,9 @@ class Federation:
             cohort = self._still_in(cohort, current)
         self._evaluate(grid, cohort)
 
+    def stop(self) -> None:
+        """End after the current round."""
+
     def _gather(self, grid: Grid) -> dict[int, str]:
         """Ask every node whether it will take part, and wait for the quorum ourselves."""
         least = self.study.secure_aggregation.min_sites

@@ -37,7 +37,6 @@ from lepton_fl.simulation.run import (
     mean_metric,
     rehearsal_site,
     split_sites,
-    write_model,
     write_study,
 )
 from lepton_fl.simulation.simulate import check, freeze
@@ -45,6 +44,7 @@ from lepton_fl.site import Site, SiteData, StockFlower, client_app
 from lepton_fl.study import Study, load_study, parse_canonical
 from lepton_fl.tasks import Arrays
 from lepton_fl.tasks.metrics import evaluate
+from lepton_fl.tasks.model_file import write_model
 from lepton_fl.training import SimulationNoise
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,6 @@ import numpy as np
 import tomli_w
 import torch
 from flwr.app import Context, RecordDict
-from safetensors.numpy import save
 
 from lepton_fl.config import parse
 from lepton_fl.data import Table, partition, pool, split
@@ -29,7 +28,7 @@ from lepton_fl.site import Policy, Simulated, Site, SiteData, StockFlower, clien
 from lepton_fl.site.config import files_of
 from lepton_fl.site.policy import Approvals, load_policy
 from lepton_fl.study import Study
-from lepton_fl.tasks import Arrays, arrays_of, build_model, load_arrays, model_hash, task_of
+from lepton_fl.tasks import Arrays, arrays_of, build_model, load_arrays, task_of
 from lepton_fl.tasks.metrics import Scored
 from lepton_fl.tasks.task import score
 from lepton_fl.training import SimulationNoise
@@ -243,19 +242,6 @@ def first_model(study: Study, width: int, seed: int) -> Arrays:
 def write_study(path: Path, study: Study) -> None:
     """Write the frozen study, as it is run."""
     write_atomic(path, tomli_w.dumps(study.model_dump(mode="json", exclude_none=True)).encode())
-
-
-def write_model(path: Path, study: Study, arrays: Arrays, labels: Sequence[str]) -> str:
-    """Write a run's model as safetensors, its header saying what it is; returns its SHA-256."""
-    digest = model_hash(arrays)
-    about = {
-        "study": study.id,
-        "model": study.model_name,
-        "sha256": digest,
-        "labels": "; ".join(labels),
-    }
-    write_atomic(path, save(arrays, metadata=about))
-    return digest
 
 
 class Scorer:

@@ -59,12 +59,12 @@ from lepton_fl.simulation.run import (
     mean_metric,
     prepare,
     split_sites,
-    write_model,
     write_study,
 )
 from lepton_fl.study import OperatingPoint, Study, check_delta, override
 from lepton_fl.tasks import Arrays
 from lepton_fl.tasks.metrics import RESAMPLES, Bootstrap, Scored, evaluate
+from lepton_fl.tasks.model_file import write_model
 from lepton_fl.tasks.operating import DEFAULT_FPR
 
 log = logging.getLogger(__name__)

@@ -53,18 +53,20 @@ class Accept(_message.Message):
     def __init__(self, exchange: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("exchange", "size", "sha256", "error_code", "error_reason")
+    __slots__ = ("exchange", "size", "sha256", "error_code", "error_reason", "inline")
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     ERROR_CODE_FIELD_NUMBER: _ClassVar[int]
     ERROR_REASON_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
     exchange: bytes
     size: int
     sha256: bytes
     error_code: int
     error_reason: str
-    def __init__(self, exchange: _Optional[bytes] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ..., error_code: _Optional[int] = ..., error_reason: _Optional[str] = ...) -> None: ...
+    inline: bytes
+    def __init__(self, exchange: _Optional[bytes] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ..., error_code: _Optional[int] = ..., error_reason: _Optional[str] = ..., inline: _Optional[bytes] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("study_id", "state", "reason")
@@ -125,7 +127,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., heartbeat_s: _Optional[float] = ..., party: _Optional[int] = ..., open: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Assign(_message.Message):
-    __slots__ = ("exchange", "run", "study_id", "round", "type", "size", "sha256", "deadline_s")
+    __slots__ = ("exchange", "run", "study_id", "round", "type", "size", "sha256", "deadline_s", "inline")
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STUDY_ID_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +136,7 @@ class Assign(_message.Message):
     SIZE_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
     exchange: bytes
     run: str
     study_id: str
@@ -142,7 +145,8 @@ class Assign(_message.Message):
     size: int
     sha256: bytes
     deadline_s: float
-    def __init__(self, exchange: _Optional[bytes] = ..., run: _Optional[str] = ..., study_id: _Optional[str] = ..., round: _Optional[int] = ..., type: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    inline: bytes
+    def __init__(self, exchange: _Optional[bytes] = ..., run: _Optional[str] = ..., study_id: _Optional[str] = ..., round: _Optional[int] = ..., type: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ..., deadline_s: _Optional[float] = ..., inline: _Optional[bytes] = ...) -> None: ...
 
 class Proceed(_message.Message):
     __slots__ = ("exchange", "offset")
@@ -215,6 +219,14 @@ class Goodbye(_message.Message):
     code: Goodbye.Code
     reason: str
     def __init__(self, code: _Optional[_Union[Goodbye.Code, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class PayloadHeader(_message.Message):
+    __slots__ = ("records", "sizes")
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    records: bytes
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, records: _Optional[bytes] = ..., sizes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ConsortiumRequest(_message.Message):
     __slots__ = ()
