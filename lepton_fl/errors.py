@@ -6,7 +6,8 @@
     ├── ConfigError                 3    a file the user wrote: file, key, found, allowed
     ├── DataError                   3    a site's table: column and count, never a value
     ├── PolicyRefused               4    the site's policy forbids it
-    │   └── BudgetExhausted         4    the site's privacy budget does not cover it
+    │   ├── BudgetExhausted         4    the site's privacy budget does not cover it
+    │   └── AlreadyCharged          4    the site took part in this round before, and does so once
     ├── ConnectionFailed            5    a server cannot be reached, or does not let us in
     │   └── IdentityRefused         5    a certificate, token or fingerprint does not prove what it should
     ├── ProtocolError               5    a peer is at fault, and is named
@@ -63,6 +64,10 @@ class PolicyRefused(LeptonError):
 
 class BudgetExhausted(PolicyRefused):
     """The site's privacy budget does not cover what the study asks."""
+
+
+class AlreadyCharged(PolicyRefused):
+    """The site's ledger has charged this round of this run. The site sits the round out, not the run."""
 
 
 class ConnectionFailed(LeptonError):

@@ -1,11 +1,11 @@
-"""A file is the old one or the whole new one."""
+"""A file is the old one or the whole new one, and a lock has one holder."""
 
 import os
 import stat
 
 import pytest
 
-from lepton_fl.files import write_atomic
+from lepton_fl.files import lock, write_atomic
 
 
 @pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
@@ -47,3 +47,31 @@ def test_a_secret_is_never_readable_by_others(tmp_path):
     write_atomic(path, b"new", mode=0o600)
 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_secret_is_not_written_through_what_others_have_laid_out(tmp_path):
+    """In a folder that is theirs too, under the name that is written first."""
+    path, theirs = tmp_path / "key", tmp_path / "theirs"
+    (tmp_path / f".key.{os.getpid()}.tmp").symlink_to(theirs)
+
+    write_atomic(path, b"new", mode=0o600)
+
+    assert not theirs.exists()
+    assert not path.is_symlink()
+    assert path.read_bytes() == b"new"
+
+
+def test_a_lock_has_one_holder_until_that_lets_go(tmp_path):
+    """Whoever comes second gets nothing, also where it has waited."""
+    path = tmp_path / "lock"
+    first = lock(path)
+
+    assert first is not None
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert lock(path) is None
+    assert lock(path, patience=0.1) is None
+
+    os.close(first)
+    again = lock(path)
+    assert again is not None
+    os.close(again)
