@@ -27,7 +27,7 @@ from flwr.app import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from lepton_fl.errors import BadReply, BadRequest, LeptonError
+from lepton_fl.errors import AlreadyCharged, BadReply, BadRequest, LeptonError
 from lepton_fl.study import NAME_PATTERN, Study, parse_canonical
 
 # Flower logs each step of each round at INFO, to the console.
@@ -51,6 +51,9 @@ _TASK = 1
 _ERROR_BASE = 1000
 """Above Flower's own error codes; the rest is the exit code of the error's class."""
 _INTERNAL = _ERROR_BASE + 1
+SITS_OUT = _ERROR_BASE + 50
+"""Code of a reply that gives nothing for this round, and may for the next: beyond the exit codes, since those
+of refusals are for good."""
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 _MAX_STUDY = 4 << 20
 """Bytes. A study of ten thousand columns has about one million."""
@@ -156,29 +159,48 @@ def to_record(arrays: dict[str, np.ndarray]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(a, order="C")) for name, a in arrays.items()})
 
 
-def from_record(record: ArrayRecord) -> dict[str, np.ndarray]:
+def from_record(record: ArrayRecord, *, copy: bool = True) -> dict[str, np.ndarray]:
     """A Flower record as arrays by name, copied out of the message.
+
+    With `copy=False` they are read-only views of the message's own bytes, which live as long as a view does
+    and cost no memory beyond it. The bytes may be `bytes` or a `memoryview`, of a mapped file say, whose
+    content must not change any more.
 
     Raises:
         BadReply: an array's bytes are not what its header says.
     """
-    return {name: _read_array(name, array) for name, array in record.items()}
+    views = {name: _view(name, array) for name, array in record.items()}
+    return {name: view.copy() for name, view in views.items()} if copy else views
 
 
-def _read_array(name: str, array: Array) -> np.ndarray:
-    found = _NPY.match(array.data) if array.stype == "numpy.ndarray" else None
+def _view(name: str, array: Array) -> np.ndarray:
+    # Flower declares bytes; a transport may put a memoryview in their place.
+    data = memoryview(array.data)
+    found = _NPY.match(data) if array.stype == "numpy.ndarray" else None
     if found is None or len(found["header"]) != int.from_bytes(found["size"], "little"):
         raise BadReply(f"arrays: {name} is not numbers in NumPy's format 1.0")
     dtype = np.dtype(found["type"].decode())
     shape = tuple(int(n) for n in re.findall(rb"\d+", found["shape"]))
     size = math.prod(shape) * dtype.itemsize
-    if repr(shape).encode() != found["shape"] or len(array.data) - found.end() != size:
+    if repr(shape).encode() != found["shape"] or data.nbytes - found.end() != size:
         raise BadReply(f"arrays: {name} does not hold what its header says")
     try:
-        return np.frombuffer(array.data, dtype=dtype, offset=found.end()).reshape(shape).copy()
+        view = np.frombuffer(data, dtype=dtype, offset=found.end()).reshape(shape)
     except (ValueError, OverflowError):
         # No bytes at all, and a shape that numpy cannot count.
         raise BadReply(f"arrays: {name} does not hold what its header says") from None
+    view.flags.writeable = False
+    return view
+
+
+def is_reply(reply: Message, request: Message) -> bool:
+    """Whether `reply` comes from where `request` went, and is of the same run and type."""
+    found, asked = reply.metadata, request.metadata
+    return (found.src_node_id, found.run_id, found.message_type) == (
+        asked.dst_node_id,
+        asked.run_id,
+        asked.message_type,
+    )
 
 
 def update_reply(
@@ -195,17 +217,25 @@ def error_reply(message: Message, error: LeptonError | None) -> Message:
     """A reply that refuses. Carries the public part of the error only; None is an internal fault."""
     if error is None:
         return Message(Error(_INTERNAL, "internal error at the site"), reply_to=message)
-    return Message(Error(_ERROR_BASE + error.exit_code, error.public), reply_to=message)
+    own = isinstance(error, AlreadyCharged)
+    code = SITS_OUT if own else _ERROR_BASE + error.exit_code
+    return Message(Error(code, error.public), reply_to=message)
 
 
 def refusal_reason(reply: Message) -> str:
     """Why the sender of an error reply says that it refuses: its own words, so short and printable."""
-    said = "".join(c for c in reply.error.reason or "" if c.isprintable())
-    return said[:_MAX_REASON] or "error at the site"
+    return as_remark(reply.error.reason or "") or "error at the site"
+
+
+def as_remark(text: str) -> str:
+    """`text` with words of another party in it, short and printable: for logs, databases and people."""
+    return "".join(c for c in text[: 10 * _MAX_REASON] if c.isprintable())[:_MAX_REASON]
 
 
 def refusal_exit_code(reply: Message) -> int:
     """The exit code that a refusal's error class has; 1 for faults that are no refusal."""
+    if sits_out(reply):
+        return AlreadyCharged.exit_code
     code = reply.error.code - _ERROR_BASE
     return code if 1 < code < 8 else 1
 
@@ -214,10 +244,6 @@ def round_of(message: Message) -> int:
     """The round that a message of ours belongs to; 0 if none."""
     found = message.content.config_records.get(CONFIG, ConfigRecord()).get(ROUND)
     return found if isinstance(found, int) else 0
-
-
-SITS_OUT = _ERROR_BASE + 50
-"""Code of a reply that gives nothing for this round, and may for the next."""
 
 
 def incoming(content: RecordDict, *, kind: str, run: str, message_id: str) -> Message:
@@ -236,3 +262,8 @@ def incoming(content: RecordDict, *, kind: str, run: str, message_id: str) -> Me
     # Flower's own way, which its types leave out: without it the process would be tied to one run.
     made: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
     return made
+
+
+def sits_out(reply: Message) -> bool:
+    """Whether the sender of an error reply refuses this round only, since it took part in it before."""
+    return bool(reply.error.code == SITS_OUT)

@@ -589,6 +589,22 @@ def check_delta(study: Study, units: int, site: str) -> None:
         )
 
 
+def check_deployable(study: Study, file: str) -> None:
+    """Refuse a study that cannot be trained by sites of which nobody knows how large they are.
+
+    Raises:
+        ConfigError: the divisor of a site's gradient is not declared.
+    """
+    if study.train.expected_batch is None:
+        raise ConfigError.at(
+            file,
+            "train.expected_batch",
+            found="nothing",
+            allowed="a number, before anyone can approve what will be trained",
+            fix="set it to sample_rate x the units of a typical site",
+        )
+
+
 def override(study: Study, changes: dict[str, Any]) -> Study:
     """A study with dotted keys replaced, checked anew: `{"privacy.epsilon": 3.0}`."""
     raw = study.model_dump(mode="json", exclude_none=True)

@@ -136,7 +136,10 @@ class _Live(_InTerminal):
         self._out.update(refused)
 
     def round(self, summary: RoundSummary, planned: int, allowed: float | None) -> None:
+        self._cohort = tuple(sorted({*self._cohort, *summary.sites}))
         self._out.update(summary.dropped)
+        for name in summary.sites:
+            self._out.pop(name, None)
         self._title = f"round {summary.round} of {planned}"
         if summary.epsilon is not None:
             self._epsilon = (summary.epsilon, allowed)

@@ -2,7 +2,16 @@
 
 from lepton_fl.federation.app import server_app
 from lepton_fl.federation.grids import SummingGrid
-from lepton_fl.federation.loop import Federation, Observer
+from lepton_fl.federation.loop import Deadlines, Federation, Observer, RoundReport
 from lepton_fl.federation.stopping import PublicTable, stopping_of
 
-__all__ = ["Federation", "Observer", "PublicTable", "SummingGrid", "server_app", "stopping_of"]
+__all__ = [
+    "Deadlines",
+    "Federation",
+    "Observer",
+    "PublicTable",
+    "RoundReport",
+    "SummingGrid",
+    "server_app",
+    "stopping_of",
+]

@@ -1,4 +1,4 @@
-"""Grids that wrap a grid."""
+"""What our grids have in common."""
 
 from __future__ import annotations
 
@@ -8,6 +8,30 @@ from collections.abc import Iterable, Sequence
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
+
+class OwnGrid(Grid):
+    """A grid whose nodes are ours to reach; subclasses say which there are, and how."""
+
+    def __init__(self) -> None:
+        self._run = Run.create_empty(0)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
 class WrappingGrid(Grid):

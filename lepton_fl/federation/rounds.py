@@ -14,18 +14,26 @@ from lepton_fl.messages import (
     MEMBERS,
     METRICS,
     WEIGHT,
+    as_remark,
     from_record,
     refusal_exit_code,
     refusal_reason,
+    sits_out,
 )
-from lepton_fl.tasks.arrays import Arrays, check_like
+from lepton_fl.tasks.arrays import MAX_MAGNITUDE, Arrays, check_like
+
+NO_ANSWER = "no answer before the deadline"
+"""Why a site is left out that was asked and said nothing."""
 
 
 def read_update(reply: Message, template: Mapping[str, np.ndarray], *, summed: bool = False) -> Arrays:
     """The update in a site's reply, or in a sum over several, float32, shaped like the model.
 
+    The arrays are read-only views of the reply's bytes: an update costs no memory beyond its message's.
+
     Raises:
-        BadReply: it is not exactly one array record like `template` and the public constant weight.
+        BadReply: it is not exactly one array record like `template`, of coordinates of magnitude up to
+            `MAX_MAGNITUDE`, and the public constant weight.
     """
     content = reply.content
     if set(content.config_records) - ({CONFIG} if summed else set()):
@@ -34,12 +42,12 @@ def read_update(reply: Message, template: Mapping[str, np.ndarray], *, summed: b
         raise BadReply("reply: holds other records than one update and its weight")
     if dict(content.metric_records[METRICS]) != {WEIGHT: 1.0}:
         raise BadReply("reply: a weight is a public constant of the study, 1, and no metric rides along")
-    arrays = from_record(content.array_records[ARRAYS])
+    arrays = from_record(content.array_records[ARRAYS], copy=False)
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise BadReply(f"arrays: {name} has type {array.dtype}, an update is float32")
     try:
-        check_like(arrays, template)
+        check_like(arrays, template, limit=MAX_MAGNITUDE)
     except ProtocolError as error:
         raise BadReply(error.message) from None
     return arrays
@@ -55,9 +63,12 @@ class Round:
         self._asked = dict(asked)
         self._template = template
         self._waiting = dict(asked)
-        self.accepted: list[tuple[str, Message, Arrays]] = []
+        self.accepted: dict[str, Arrays] = {}
+        """Each accepted reply's update, by its site's name; a sum's by the first of its members'."""
         self.included: set[str] = set()
         self.dropped: dict[str, str] = {}
+        self.missed: set[str] = set()
+        """Dropped without an answer, or with a fault that may pass: too often in a row, and they are out."""
         self.left: set[str] = set()
         """Dropped for a malformed reply, or refusing: not asked again in this run."""
 
@@ -68,23 +79,26 @@ class Round:
         if source not in self._waiting:
             return
         if reply.has_error():
-            self._drop(source, refusal_reason(reply))
-            # An internal error may pass; a refusal would only be repeated.
-            if refusal_exit_code(reply) != LeptonError.exit_code:
-                self.left.add(self._asked[source])
+            name = self._drop(source, refusal_reason(reply))
+            # A site that has charged this round sits it out. An internal error may pass; any other refusal
+            # would only be repeated.
+            if sits_out(reply):
+                return
+            fault = refusal_exit_code(reply) == LeptonError.exit_code
+            (self.missed if fault else self.left).add(name)
             return
         try:
             arrays = read_update(reply, self._template, summed=summed)
             members = self._members(reply) if summed else [source]
         except BadReply as error:
-            self._drop(source, error.message)
-            self.left.add(self._asked[source])
+            # It may name the reply's arrays, in the site's own words.
+            self.left.add(self._drop(source, as_remark(error.message)))
             return
         for node in members:
             del self._waiting[node]
         names = sorted(self._asked[node] for node in members)
         self.included.update(names)
-        self.accepted.append((names[0], reply, arrays))
+        self.accepted[names[0]] = arrays
 
     def close(self) -> None:
         """No more replies: the rest is late.
@@ -92,11 +106,8 @@ class Round:
         Raises:
             TooFewSites: fewer than the quorum are in; the round must not be aggregated.
         """
-        for name in self._waiting.values():
-            self.dropped.setdefault(name, "no answer before the deadline")
-        self._waiting.clear()
-        # By name: the order of arrival must not change the order of summation.
-        self.accepted.sort(key=lambda entry: entry[0])
+        for node in list(self._waiting):
+            self.missed.add(self._drop(node, NO_ANSWER))
         if len(self.included) < self.quorum:
             reasons = "; ".join(f"{n}: {why}" for n, why in sorted(self.dropped.items()))
             raise TooFewSites(
@@ -104,9 +115,11 @@ class Round:
                 f"asks {self.quorum} ({reasons})"
             )
 
-    def _drop(self, node: int, reason: str) -> None:
-        del self._waiting[node]
-        self.dropped[self._asked[node]] = reason
+    def _drop(self, node: int, reason: str) -> str:
+        """Name the site at `node` with the reason; returns its name."""
+        name = self._waiting.pop(node)
+        self.dropped[name] = reason
+        return name
 
     def _members(self, reply: Message) -> list[int]:
         members = _node_ids(reply)

@@ -9,7 +9,6 @@ There is no rule on a site's held-out records: each look at them would be a rele
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -51,8 +50,11 @@ class PublicTable:
 class Stopping(Protocol):
     """A rule that is asked after each aggregated round."""
 
-    def look(self, done: int, updates: Sequence[Arrays], model: Arrays) -> str:
-        """Why to stop after `done` rounds, the last of which made `model` of `updates`; empty to go on."""
+    def look(self, done: int, mean: Arrays, model: Arrays) -> str:
+        """Why to stop after `done` rounds, the last of which made `model` of its updates' `mean`.
+
+        Empty to go on.
+        """
 
     def state(self) -> Arrays:
         """What a checkpoint must hold so that a resumed run stops where an unbroken one does."""
@@ -73,7 +75,7 @@ class OnPublicTable:
         self._model = build_model(study, table.x_NF.shape[1], torch.Generator())
         self._best, self._since = -math.inf, 0
 
-    def look(self, done: int, updates: Sequence[Arrays], model: Arrays) -> str:  # noqa: ARG002 - the other rule's
+    def look(self, done: int, mean: Arrays, model: Arrays) -> str:  # noqa: ARG002 - the other rule's
         rule = self._rule
         load_arrays(self._model, model)
         value = evaluate(self._metric, self._table.y_N, score(self._model, self._task, self._table.x_NF))
@@ -113,14 +115,13 @@ class OnUpdates:
         self._sum: Arrays = {}
         self._largest = 0.0
 
-    def look(self, done: int, updates: Sequence[Arrays], model: Arrays) -> str:  # noqa: ARG002 - the other rule's
+    def look(self, done: int, mean: Arrays, model: Arrays) -> str:  # noqa: ARG002 - the other rule's
         rule = self._rule
-        for name in updates[0]:
-            mean = np.mean([update[name] for update in updates], axis=0, dtype=np.float64)
-            self._sum[name] = np.asarray(mean + self._sum.get(name, 0.0))
+        for name, array in mean.items():
+            self._sum[name] = np.asarray(array + self._sum.get(name, 0.0))
         if done % rule.patience:
             return ""
-        norm = math.sqrt(sum(float((self._sum[name] ** 2).sum()) for name in updates[0])) / rule.patience
+        norm = math.sqrt(sum(float((self._sum[name] ** 2).sum()) for name in mean)) / rule.patience
         self._sum = {}
         self._largest = max(self._largest, norm)
         if done < rule.min_rounds or norm >= rule.tolerance * self._largest:

@@ -71,7 +71,7 @@ class Lockstep(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        self._sent = from_record(arrays)
+        self._sent = from_record(arrays, copy=False)
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
@@ -80,7 +80,7 @@ class Lockstep(FedAvg):
         mean, metrics = super().aggregate_train(server_round, replies)
         if mean is None:
             return None, metrics
-        gradient = {n: self._sent[n].astype(np.float64) - a for n, a in from_record(mean).items()}
+        gradient = {n: self._sent[n].astype(np.float64) - a for n, a in from_record(mean, copy=False).items()}
         step = {n: self._step(n, g, server_round) for n, g in gradient.items()}
         return to_record({n: self._sent[n] - step[n] for n in step}), metrics
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lepton_fl.errors import BudgetExhausted, ConfigError, PolicyRefused
+from lepton_fl.errors import AlreadyCharged, BudgetExhausted, ConfigError, PolicyRefused
 from lepton_fl.privacy.accounting import Gaussian, epsilon
 
 _SCHEMA = """
@@ -161,8 +161,8 @@ class AnyLedger:
 
         Raises:
             BudgetExhausted: it would not fit; nothing was spent.
-            PolicyRefused: this (run, round) was charged already: a round is released once; or the study's
-                delta is above the site's.
+            AlreadyCharged: this (run, round) was charged before: a round is released once.
+            PolicyRefused: the study's delta is above the site's, or its unit is another than the ledger's.
             ConfigError: the file cannot be written; nothing was spent, or at most this round.
         """
         with self._transaction():
@@ -171,7 +171,7 @@ class AnyLedger:
             others = self._count_others(budget.data_set, charge)
             mine = self._rounds_of(budget.data_set, charge.run)
             if charge.round in mine:
-                raise PolicyRefused(
+                raise AlreadyCharged(
                     f"{charge.study_name}: round {charge.round} of this run was charged before, and a "
                     "round is released once",
                     public="round already charged",

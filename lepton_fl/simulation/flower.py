@@ -145,6 +145,8 @@ class _Progress:
 
     def round_done(self, report: RoundReport, model: Arrays) -> None:  # noqa: ARG002 - an Observer's form
         said = ", ".join(report.sites) or f"lost: {dict(report.dropped)}"
+        if report.returned:
+            said += f"; late, or back: {', '.join(report.returned)}"
         log.info("round %d of %d, %.1f s: %s", report.number, self._planned, report.seconds, said)
 
 

@@ -10,11 +10,10 @@ from uuid import uuid4
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.messages import CONFIG, ROUND, TRAIN
+from lepton_fl.federation.grids import OwnGrid
+from lepton_fl.messages import CONFIG, JOIN, ROUND, TRAIN
 from lepton_fl.site import Simulated, SiteApp
 
 
@@ -57,13 +56,14 @@ class Drop:
         return f"{self.site} from round {self.first}" + ("" if self.last is None else f" to {self.last}")
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(OwnGrid):
     """One node for each ClientApp, answering in order of node id.
 
     An app that takes longer than a round's deadline has answered too late: its reply is left out. A node
     that is down is not reached at all, so nothing is charged there. Only messages to train carry a number
-    that counts; what comes between, or after the last, belongs to the round before. Only simulated sites:
-    between a deployed one and its server there is nothing but a network.
+    that counts. What comes before the first of them, or after the last, belongs to the round before; in
+    between a node is listed, and asked to join again, if it is up in the round to come. Only simulated
+    sites: between a deployed one and its server there is nothing but a network.
     """
 
     def __init__(
@@ -77,8 +77,10 @@ class InProcessGrid(Grid):
         # For callers that no type checker has read.
         if not all(_is_simulated(app) for app in apps.values()):
             raise TypeError("a site that is not simulated has no place in the in-process grid")
+        super().__init__()
         self._drops = {node: tuple(found) for node, found in (drops or {}).items()}
         self._at = at
+        self._begun = False
         self._nodes = {
             node: _Node(
                 app,
@@ -86,28 +88,10 @@ class InProcessGrid(Grid):
             )
             for node, app in apps.items()
         }
-        self._run = Run.create_empty(0)
         self._replies: dict[str, Message] = {}
 
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._nodes)
+        return [node for node in self._nodes if not self._begun or not self._down(node, self._at + 1)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         names = []
@@ -135,9 +119,14 @@ class InProcessGrid(Grid):
         return replies
 
     def _reaches(self, message: Message) -> bool:
-        if self._drops and message.metadata.message_type == TRAIN:
-            self._at = int(str(message.content.config_records[CONFIG][ROUND]))
-        return not any(self._at in drop for drop in self._drops.get(message.metadata.dst_node_id, ()))
+        kind = message.metadata.message_type
+        if self._drops and kind == TRAIN:
+            self._at, self._begun = int(str(message.content.config_records[CONFIG][ROUND])), True
+        to_come = kind == JOIN and self._begun
+        return not self._down(message.metadata.dst_node_id, self._at + to_come)
+
+    def _down(self, node: int, number: int) -> bool:
+        return any(number in drop for drop in self._drops.get(node, ()))
 
 
 def _is_simulated(app: ClientApp) -> bool:

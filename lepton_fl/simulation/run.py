@@ -228,7 +228,7 @@ def prepare(
     grid = InProcessGrid(
         {node: client_app(sites[name]) for node, name in nodes.items()},
         drops={node: [drop for drop in drops if drop.site == name] for node, name in nodes.items()},
-        # A machine that is down when a run is resumed does not join it.
+        # A machine that is down when a run is resumed does not join it there and then.
         at=federation.started,
     )
     return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study), seed=seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Generic
 
-import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -24,7 +23,7 @@ from lepton_fl.messages import (
 )
 from lepton_fl.site.mods import mods_of, unknown_type
 from lepton_fl.site.site import S_co, Site, Workbench
-from lepton_fl.tasks.arrays import Arrays, check_like, load_arrays
+from lepton_fl.tasks.arrays import MAX_MAGNITUDE, Arrays, check_like, load_arrays
 from lepton_fl.tasks.metrics import evaluate as evaluate_metric
 from lepton_fl.tasks.task import score
 from lepton_fl.training.local import LocalPlan, train_locally
@@ -46,10 +45,6 @@ class SiteApp(ClientApp, Generic[S_co]):
             self.site.refusals.append(error)
             return error_reply(message, error)
         return super().__call__(message, context)
-
-
-MAX_PARAMETER = 1e6
-"""Magnitude of a parameter that a site accepts; beyond it arithmetic could be made to overflow."""
 
 
 def client_app(site: Site[S_co]) -> SiteApp[S_co]:
@@ -120,7 +115,5 @@ def _received(message: Message, bench: Workbench) -> Arrays:
     if record is None:
         raise BadRequest("message: carries no parameters")
     arrays = from_record(record)
-    check_like(arrays, bench.template)
-    if any(np.abs(array).max(initial=0.0) > MAX_PARAMETER for array in arrays.values()):
-        raise BadRequest(f"message: a parameter beyond {MAX_PARAMETER:g}")
+    check_like(arrays, bench.template, limit=MAX_MAGNITUDE)
     return arrays

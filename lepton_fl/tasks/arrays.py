@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -13,6 +14,18 @@ from lepton_fl.errors import ProtocolError
 
 Arrays = dict[str, np.ndarray]
 """Parameter name to float array, in the module's own order."""
+
+MAX_MAGNITUDE = 1e6
+"""Of a coordinate, of a model or an update, that another party is believed; beyond it arithmetic could be
+made to overflow."""
+
+TILE = 1 << 17
+"""Numbers that are worked on at a time: 1 MiB in float64, so that no temporary is as large as a model."""
+
+
+def tiles(size: int, tile: int = TILE) -> Iterator[slice]:
+    """Slices of at most `tile` that together are `size` numbers."""
+    return (slice(start, start + tile) for start in range(0, size, tile))
 
 
 def prefixed(**groups: Arrays) -> Arrays:
@@ -44,8 +57,10 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name], dtype=np.float32)))
 
 
-def check_like(arrays: Mapping[str, np.ndarray], template: Mapping[str, np.ndarray]) -> None:
-    """Refuse arrays whose names, shapes or kind differ from `template`, or that are not finite.
+def check_like(
+    arrays: Mapping[str, np.ndarray], template: Mapping[str, np.ndarray], *, limit: float = np.inf
+) -> None:
+    """Refuse arrays whose names, shapes or kind differ from `template`, not finite, or beyond `limit`.
 
     Raises:
         ProtocolError: naming the first difference; never a value.
@@ -59,11 +74,25 @@ def check_like(arrays: Mapping[str, np.ndarray], template: Mapping[str, np.ndarr
             raise ProtocolError(f"arrays: {name} has shape {found.shape}, model has {expected.shape}")
         if found.dtype.kind != "f":
             raise ProtocolError(f"arrays: {name} has type {found.dtype}, model has {expected.dtype}")
-        with np.errstate(over="ignore"):
-            # As the model's type: what is finite in float64 may be infinite there.
-            finite = np.isfinite(found.astype(expected.dtype, copy=False)).all()
-        if not finite:
+        largest = _largest(found, expected.dtype)
+        if not math.isfinite(largest):
             raise ProtocolError(f"arrays: {name} holds values that are not finite")
+        if largest > limit:
+            raise ProtocolError(f"arrays: {name} holds values beyond {limit:g}")
+
+
+def _largest(array: np.ndarray, dtype: np.dtype) -> float:
+    """Largest magnitude as a number of type `dtype`: what is finite in float64 may be infinite there."""
+    flat = array.reshape(-1)
+    largest = 0.0
+    for tile in tiles(flat.size):
+        with np.errstate(over="ignore"):
+            found = float(np.abs(flat[tile].astype(dtype, copy=False)).max())
+        # Not `max`, for which no NaN is larger.
+        if not math.isfinite(found):
+            return found
+        largest = max(largest, found)
+    return largest
 
 
 def model_hash(arrays: Mapping[str, np.ndarray]) -> str:

@@ -1,5 +1,6 @@
 """What a message carries is read in full or refused; a header is never believed before the bytes."""
 
+import mmap
 import pickle
 import tracemalloc
 
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lepton_fl.config import parse
-from lepton_fl.errors import BadReply, BadRequest, BudgetExhausted, VerificationFailed
+from lepton_fl.errors import AlreadyCharged, BadReply, BadRequest, BudgetExhausted, VerificationFailed
 from lepton_fl.messages import (
     CONFIG,
+    EVALUATE,
     ROUND,
     TRAIN,
     Assignment,
@@ -21,9 +23,11 @@ from lepton_fl.messages import (
     error_reply,
     from_record,
     identify,
+    is_reply,
     read_assignment,
     refusal_exit_code,
     refusal_reason,
+    sits_out,
     to_record,
 )
 from lepton_fl.study import Study
@@ -103,6 +107,52 @@ def test_an_array_is_a_copy_out_of_the_message():
     found["w"][0] = 1.0
 
     assert found["w"].tolist() == [1, 0, 0]
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A record whose bytes lie in a mapped file, behind three others, so that no number is aligned."""
+    whole = to_record({"w": np.arange(6, dtype=np.float32).reshape(2, 3)})
+    data = whole["w"].data
+    path = tmp_path / "payload"
+    path.write_bytes(b"abc" + data)
+    with path.open("rb") as file:
+        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Flower's constructor takes bytes only.
+    whole["w"].data = memoryview(held)[3:]
+    return whole
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_arrays_in_a_mapped_file_are_read(mapped, copy):
+    """As a transport hands them over that does not hold them in memory."""
+    found = from_record(mapped, copy=copy)["w"]
+
+    assert found.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found.flags.writeable == copy
+
+
+@pytest.mark.parametrize("buffer", [bytes, bytearray], ids=["bytes", "a buffer that can be written to"])
+def test_a_view_is_of_the_messages_own_bytes(buffer):
+    """No copy, and nobody writes to them through it."""
+    record = to_record({"w": np.zeros(3, np.float32)})
+    data = buffer(record["w"].data)
+    record["w"].data = memoryview(data)
+
+    view = from_record(record, copy=False)["w"]
+
+    assert np.shares_memory(view, np.frombuffer(data, np.uint8))
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 1.0
+
+
+@pytest.mark.parametrize("end", [-1, 0, 40])
+def test_a_truncated_mapping_is_refused(mapped, end):
+    """The length is what there is, and no header's word."""
+    mapped["w"].data = mapped["w"].data[:end]
+
+    with pytest.raises(BadReply, match="arrays: w"):
+        from_record(mapped, copy=False)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +315,34 @@ def test_an_internal_error_tells_nothing(make_message):
 
     assert reply.error.reason == "internal error at the site"
     assert refusal_exit_code(reply) == 1
+
+
+def test_a_site_that_has_charged_a_round_says_so(make_message):
+    """By a code of its own, with the exit code of its class."""
+    own = error_reply(make_message({}), AlreadyCharged("round 2 was charged before"))
+    other = error_reply(make_message({}), BudgetExhausted("no"))
+
+    assert (sits_out(own), refusal_exit_code(own)) == (True, AlreadyCharged.exit_code)
+    assert (sits_out(other), refusal_exit_code(other)) == (False, BudgetExhausted.exit_code)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"_src_node_id": 8}, False),
+        ({"_message_type": EVALUATE}, False),
+        ({"_run_id": 1}, False),
+    ],
+    ids=["as it should be", "another node", "another type", "another run"],
+)
+def test_a_reply_is_of_its_requests_run_type_and_node(make_message, changes, expected):
+    """Whatever came late or astray is none."""
+    request = make_message({})
+    reply = Message(RecordDict(), reply_to=request)
+    reply.metadata.__dict__.update(changes)
+
+    assert is_reply(reply, request) == expected
 
 
 def test_a_sites_reason_is_short_and_printable(make_message):

@@ -180,9 +180,9 @@ def test_used_up_spare_rounds_end_the_run(make_federation, make_grid, make_study
     assert [r.number for r in seen.rounds] == [1, 2, 3, 4]
 
 
-def test_a_site_that_misses_two_rounds_in_a_row_is_put_out(make_federation, make_grid, seen):
-    """Each lost round is charged to the sites that did answer."""
-    federation = make_federation()
+def test_a_site_that_misses_two_rounds_in_a_row_is_put_out(make_federation, make_grid, make_study, seen):
+    """Each lost round is charged to the sites that did answer. What can lose one keeps the site out."""
+    federation = make_federation(study=make_study(secure_aggregation={"enabled": True}))
 
     federation.run(make_grid(b=fault))
 
@@ -272,6 +272,22 @@ def test_a_stranger_counts_nothing(make_federation, make_grid, altered, good, se
     assert b_of(federation) == 1.5
 
 
+@pytest.mark.parametrize("change", [{"_message_type": EVALUATE}, {"_run_id": 1}], ids=["type", "run"])
+@pytest.mark.parametrize("kind", [JOIN, TRAIN])
+def test_a_reply_to_something_else_is_no_answer(make_federation, make_grid, altered, seen, change, kind):
+    """It is left aside, as if its site had said nothing."""
+
+    def misdirect(replies):
+        for reply in replies:
+            if (reply.metadata.src_node_id, reply.metadata.message_type) == (102, kind):
+                reply.metadata.__dict__.update(change)
+        return replies
+
+    make_federation().run(altered(make_grid(), misdirect))
+
+    assert [r.sites for r in seen.rounds] == [("a", "c")] * 3
+
+
 def deltas(**b):
     """Updates whose sum in float64 depends on the order."""
     weights = np.ones((1, 2), np.float32)
@@ -287,7 +303,7 @@ def test_the_order_of_arrival_does_not_change_the_model(make_federation, make_gr
     found = []
     for order in orders:
         federation = make_federation(study=make_study(train={"rounds": 1}))
-        federation.run(altered(make_grid(**deltas(a=1e20, b=3.0, c=-1e20)), order))
+        federation.run(altered(make_grid(**deltas(a=1e6, b=1e-12, c=-1e6)), order))
         found.append(model_hash(federation.model))
 
     assert len(set(found)) == 1
@@ -366,6 +382,24 @@ def test_released_figures_are_kept_by_site(make_federation, make_grid, altered):
     assert federation.released == {"a": {"auc": 0.75}}
 
 
+@pytest.mark.parametrize(
+    "said", [{"x" * 9_000_000: 0.5}, {"auc": float("nan")}, {"auc": 7.0}, {"auc": [0.5]}]
+)
+def test_a_released_figure_is_the_metric_of_the_study(make_federation, make_grid, altered, said):
+    """It goes with the run into the server's database: no site decides what else does."""
+
+    def figures(replies):
+        if replies[0].metadata.message_type != EVALUATE:
+            return replies
+        content = RecordDict({METRICS: MetricRecord({WEIGHT: 1.0, **said})})
+        return [Message(content, reply_to=Message(RecordDict(), dst_node_id=101, message_type=EVALUATE))]
+
+    federation = make_federation()
+    federation.run(altered(make_grid(), figures))
+
+    assert federation.released == {}
+
+
 def test_a_run_id_is_128_random_bits(study):
     """A site charges each (run, round) once: two runs must not share an id."""
     first, second = Federation(study=study, model={}), Federation(study=study, model={})
@@ -398,16 +432,16 @@ def test_a_quorum_above_the_cohort_ends_before_anything_is_charged(make_federati
     assert federation.started == 0
 
 
-def test_an_aggregate_that_is_not_finite_does_not_become_a_model(
+def test_an_aggregate_that_no_site_would_take_does_not_become_a_model(
     make_federation, make_study, make_grid, tmp_path
 ):
-    """Finite updates may add up to what float32 cannot hold; the model before stays, on disk too."""
-    huge = {"w": np.full((1, 2), 3e38, np.float32), "b": np.zeros(1, np.float32)}
+    """Updates that may pass add up to what may not; the model before stays, on disk too."""
+    huge = {"w": np.full((1, 2), 9e5, np.float32), "b": np.zeros(1, np.float32)}
     sites = {name: lambda message: update_reply(message, huge) for name in "abc"}
     study, path = make_study(train={"lr": 1.0}), tmp_path / "checkpoint"
     federation = make_federation(study=study, model=dict(huge), checkpoint=path)
 
-    with pytest.raises(ProtocolError, match=r"round 1: the aggregate is no model: .* not finite"):
+    with pytest.raises(ProtocolError, match=r"round 1: the aggregate is no model: .* beyond 1e\+06"):
         federation.run(make_grid(**sites))
 
     kept = Checkpoint.read(path, study_id=study.id)

@@ -51,18 +51,15 @@ def public_file(tmp_path):
 
 
 def of_length(*lengths):
-    """An update of this length from each of two sites, whose differences cancel."""
-    return [
-        [{"w": np.array([[n + s, 0.0]], np.float32), "b": np.zeros(1, np.float32)} for s in (1, -1)]
-        for n in lengths
-    ]
+    """A round's mean update for each length."""
+    return [{"w": np.array([[n, 0.0]]), "b": np.zeros(1)} for n in lengths]
 
 
 def looks(stopping, rounds):
     """What the rule says after each round, to the first at which it stops."""
     said = []
-    for done, updates in enumerate(rounds, start=1):
-        said.append(stopping.look(done, updates, {}))
+    for done, mean in enumerate(rounds, start=1):
+        said.append(stopping.look(done, mean, {}))
         if said[-1]:
             break
     return said
@@ -110,7 +107,7 @@ def test_no_run_stops_before_its_min_rounds(rule):
 def test_averaging_noise_alone_stops_nothing(rule):
     """500 numbers of pure noise, 300 rounds: all blocks are as long, though single updates are longer."""
     rng = np.random.default_rng(0)
-    rounds = ([{"w": rng.normal(size=500)}] for _ in range(300))
+    rounds = ({"w": rng.normal(size=500)} for _ in range(300))
 
     assert not any(looks(OnUpdates(rule(patience=10, tolerance=0.8)), rounds))
 
@@ -119,7 +116,7 @@ def test_progress_under_noise_is_seen_to_end(rule):
     """Updates three times as long as their noise, until round 60, and then noise alone."""
     rng = np.random.default_rng(0)
     direction = rng.normal(size=500)
-    rounds = ([{"w": 3.0 * direction * (n < 60) + rng.normal(size=500)}] for n in range(300))
+    rounds = ({"w": 3.0 * direction * (n < 60) + rng.normal(size=500)} for n in range(300))
 
     said = looks(OnUpdates(rule(patience=10, tolerance=0.2)), rounds)
 
@@ -137,7 +134,7 @@ def on_public(stopping_study, public_file):
         study = stopping_study("public", **{"tolerance": 0.0, **changes})
         stopping = stopping_of(study, PublicTable(public_file, study))
 
-        return lambda done, weight: stopping.look(done, [], logit(study, weight))
+        return lambda done, weight: stopping.look(done, {}, logit(study, weight))
 
     return make
 
@@ -225,7 +222,7 @@ def test_a_rule_that_holds_in_the_last_round_stops_nothing(make_federation, make
 
     def short_at_last(message):
         length = 1.0 if read_assignment(message).round == 5 else 8.0
-        return update_reply(message, of_length(length)[0][0])
+        return update_reply(message, {n: a.astype(np.float32) for n, a in of_length(length)[0].items()})
 
     early = {"signal": "updates", "patience": 1, "tolerance": 0.5}
     federation = make_federation(study=make_study(train={"rounds": 5, "early_stopping": early}))
@@ -259,11 +256,11 @@ def test_the_public_rule_is_restored(stopping_study, public_file):
     table = PublicTable(public_file, study)
     one, other = (OnPublicTable(study.train.early_stopping, study, table) for _ in range(2))
     good = logit(study, 1.0)
-    one.look(1, [], good)
+    one.look(1, {}, good)
 
     other.restore(one.state())
 
-    assert [other.look(2, [], good), bool(other.look(3, [], good))] == ["", True]
+    assert [other.look(2, {}, good), bool(other.look(3, {}, good))] == ["", True]
 
 
 def test_lost_rounds_do_not_count(make_federation, grid, altered, stopping_study):

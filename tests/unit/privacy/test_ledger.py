@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from lepton_fl.errors import BudgetExhausted, ConfigError, PolicyRefused
+from lepton_fl.errors import AlreadyCharged, BudgetExhausted, ConfigError, PolicyRefused
 from lepton_fl.privacy import Gaussian, Ledger, RehearsalLedger, epsilon
 
 DELTA = 1e-5
@@ -196,7 +196,7 @@ def test_a_round_is_charged_once(ledger, budget, spend, make_charge):
     """A round that is asked for twice is refused, not charged twice and not given for free."""
     spend(1)
 
-    with pytest.raises(PolicyRefused, match="round 1 of this run was charged before"):
+    with pytest.raises(AlreadyCharged, match="round 1 of this run was charged before"):
         ledger.charge(make_charge(1), rounds=1, budget=budget)
     assert ledger.spent("cards-2026", DELTA) == cost(1)
 
@@ -207,7 +207,7 @@ def test_a_round_is_charged_once_after_reopening(open_ledger, budget, make_charg
     first.charge(make_charge(1), rounds=1, budget=budget)
     first.close()
 
-    with pytest.raises(PolicyRefused, match="charged before"):
+    with pytest.raises(AlreadyCharged, match="charged before"):
         open_ledger().charge(make_charge(1), rounds=1, budget=budget)
 
 

@@ -354,7 +354,7 @@ def test_an_enormous_parameter_is_refused(site, ask, trained, study):
 
     reply = ask(site, model=model)
 
-    assert reply.error.reason == "BadRequest"
+    assert reply.error.reason == "ProtocolError"
     assert trained == []
 
 

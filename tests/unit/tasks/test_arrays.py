@@ -7,6 +7,7 @@ from torch import nn
 
 from lepton_fl.errors import ProtocolError
 from lepton_fl.tasks import arrays_of, check_like, load_arrays, model_hash
+from lepton_fl.tasks.arrays import TILE
 
 
 @pytest.fixture
@@ -102,6 +103,26 @@ def test_the_first_difference_is_named(arrays, change, said):
     """Which array, and in what it differs."""
     with pytest.raises(ProtocolError, match=said):
         check_like(change(arrays), arrays)
+
+
+@pytest.mark.parametrize("place", [0, TILE - 1, TILE, 2 * TILE + 4])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(np.nan, "not finite"), (np.inf, "not finite"), (-np.inf, "not finite"), (-5.5, "beyond 5")],
+)
+def test_every_number_is_looked_at(place, value, said):
+    """In whatever tile, and after a larger one."""
+    array = np.full(2 * TILE + 5, 5.0, np.float32)
+    check_like({"a": array}, {"a": array}, limit=5.0)
+    array[place] = value
+
+    with pytest.raises(ProtocolError, match=said):
+        check_like({"a": array}, {"a": array}, limit=5.0)
+
+
+def test_an_array_of_no_numbers_is_like_another():
+    """Nothing in it is beyond anything."""
+    check_like({"a": np.zeros((0, 3))}, {"a": np.zeros((0, 3))}, limit=1.0)
 
 
 def test_no_value_is_told(arrays):
