@@ -27,7 +27,7 @@ class FromAgent(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "release", "site", "instance", "roster_version", "insecure_seed", "device")
+    __slots__ = ("protocol", "release", "site", "instance", "roster_version", "insecure_seed", "device", "probe")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class Hello(_message.Message):
     ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSECURE_SEED_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     release: str
     site: str
@@ -42,7 +43,8 @@ class Hello(_message.Message):
     roster_version: int
     insecure_seed: bool
     device: str
-    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., site: _Optional[str] = ..., instance: _Optional[bytes] = ..., roster_version: _Optional[int] = ..., insecure_seed: bool = ..., device: _Optional[str] = ...) -> None: ...
+    probe: bool
+    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., site: _Optional[str] = ..., instance: _Optional[bytes] = ..., roster_version: _Optional[int] = ..., insecure_seed: bool = ..., device: _Optional[str] = ..., probe: bool = ...) -> None: ...
 
 class Accept(_message.Message):
     __slots__ = ("exchange", "offset")
@@ -113,18 +115,20 @@ class ToAgent(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., proceed: _Optional[_Union[Proceed, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "release", "heartbeat_s", "party", "open")
+    __slots__ = ("protocol", "release", "heartbeat_s", "party", "open", "time")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
     PARTY_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     release: str
     heartbeat_s: float
     party: int
     open: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., heartbeat_s: _Optional[float] = ..., party: _Optional[int] = ..., open: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    time: float
+    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., heartbeat_s: _Optional[float] = ..., party: _Optional[int] = ..., open: _Optional[_Iterable[bytes]] = ..., time: _Optional[float] = ...) -> None: ...
 
 class Assign(_message.Message):
     __slots__ = ("exchange", "run", "study_id", "round", "type", "size", "sha256", "deadline_s", "inline")
@@ -246,16 +250,16 @@ class JoinRequest(_message.Message):
     CSR_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_KEY_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_PROOF_FIELD_NUMBER: _ClassVar[int]
-    token_id: str
+    token_id: bytes
     token_secret: bytes
     site: str
     csr: bytes
     identity_key: bytes
     identity_proof: bytes
-    def __init__(self, token_id: _Optional[str] = ..., token_secret: _Optional[bytes] = ..., site: _Optional[str] = ..., csr: _Optional[bytes] = ..., identity_key: _Optional[bytes] = ..., identity_proof: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, token_id: _Optional[bytes] = ..., token_secret: _Optional[bytes] = ..., site: _Optional[str] = ..., csr: _Optional[bytes] = ..., identity_key: _Optional[bytes] = ..., identity_proof: _Optional[bytes] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("state", "reason", "certificate", "chain", "identity_certificate", "roster", "fleet_address")
+    __slots__ = ("state", "reason", "certificate", "chain", "identity_certificate", "roster", "fleet_address", "time")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         UNKNOWN: _ClassVar[JoinReply.State]
@@ -273,6 +277,7 @@ class JoinReply(_message.Message):
     IDENTITY_CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
     FLEET_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     state: JoinReply.State
     reason: str
     certificate: bytes
@@ -280,7 +285,8 @@ class JoinReply(_message.Message):
     identity_certificate: bytes
     roster: bytes
     fleet_address: str
-    def __init__(self, state: _Optional[_Union[JoinReply.State, str]] = ..., reason: _Optional[str] = ..., certificate: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., identity_certificate: _Optional[bytes] = ..., roster: _Optional[bytes] = ..., fleet_address: _Optional[str] = ...) -> None: ...
+    time: int
+    def __init__(self, state: _Optional[_Union[JoinReply.State, str]] = ..., reason: _Optional[str] = ..., certificate: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., identity_certificate: _Optional[bytes] = ..., roster: _Optional[bytes] = ..., fleet_address: _Optional[str] = ..., time: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("csr",)

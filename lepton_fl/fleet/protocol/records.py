@@ -24,6 +24,8 @@ from lepton_fl.fleet.protocol.payload import CHUNK, SMALL, Payload
 _MAGIC = b"LFP1"
 _MAX_HEADER = 16 << 20
 """Bytes. A study of ten thousand columns has about one million, and each message carries it."""
+REPLY_HEADER = 1 << 20
+"""Bytes of a reply's header, which has no study: parsed, a header takes up to sixty times its bytes."""
 
 
 def pack(content: RecordDict, path: Path) -> Payload:
@@ -36,18 +38,23 @@ def pack(content: RecordDict, path: Path) -> Payload:
         return Payload.of(b"".join(parts))
     digest = hashlib.sha256()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        for part in parts:
-            view = memoryview(part)
-            for start in range(0, len(view), CHUNK):
-                chunk = view[start : start + CHUNK]
-                digest.update(chunk)
-                file.write(chunk)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(view), CHUNK):
+                    chunk = view[start : start + CHUNK]
+                    digest.update(chunk)
+                    file.write(chunk)
+    except BaseException:
+        # On a disk that is full half a payload would keep it so.
+        path.unlink(missing_ok=True)
+        raise
     return Payload(size=size, sha256=digest.digest(), path=path)
 
 
-def unpack(view: memoryview) -> RecordDict:
-    """The records in a payload; their arrays are views of it.
+def unpack(view: memoryview, *, max_header: int = _MAX_HEADER) -> RecordDict:
+    """The records in a payload, whose header has `max_header` bytes at most; their arrays are views of it.
 
     Raises:
         ProtocolError: it is not a whole payload.
@@ -55,7 +62,7 @@ def unpack(view: memoryview) -> RecordDict:
     if len(view) < 8 or bytes(view[:4]) != _MAGIC:
         raise ProtocolError("payload: does not begin as one")
     end = 8 + int.from_bytes(view[4:8], "little")
-    if end > min(len(view), 8 + _MAX_HEADER):
+    if end > min(len(view), 8 + max_header):
         raise ProtocolError("payload: its header is longer than it, or than any")
     try:
         header = PayloadHeader.FromString(bytes(view[8:end]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,6 +14,8 @@ from pathlib import Path
 from lepton_fl.errors import ProtocolError
 from lepton_fl.fleet.protocol.fleet_pb2 import Chunk
 from lepton_fl.fleet.protocol.payload import CHUNK, Payload
+
+log = logging.getLogger(__name__)
 
 
 class Incoming:
@@ -23,9 +27,9 @@ class Incoming:
         self.sha256 = sha256
         self.received = 0
         self._digest = hashlib.sha256()
-        self._file = os.fdopen(
-            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb", buffering=CHUNK
-        )
+        # Never over a file that may be mapped: to read what was cut off from under a map ends the process.
+        path.unlink(missing_ok=True)
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
     def take(self, chunk: Chunk) -> bool:
         """Add the next bytes; True once all are here.
@@ -60,7 +64,9 @@ class Incoming:
 
     def discard(self) -> None:
         """Forget it, and the file with it."""
-        self._file.close()
+        # Where the disk is full, closing fails: it flushes.
+        with contextlib.suppress(OSError):
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -98,15 +104,24 @@ class Outbox:
         self._transfers.clear()
         self._wake()
 
+    def __len__(self) -> int:
+        """Control messages that are not sent yet."""
+        return len(self._control)
+
     def next(self) -> object | Chunk | None:
         """The next message; None if there is none now."""
         if self._control:
             return self._control.popleft()
         while self._transfers:
             exchange, chunks = next(iter(self._transfers.items()))
-            found = next(chunks, None)
             # To the end of the line.
             del self._transfers[exchange]
+            try:
+                found = next(chunks, None)
+            except (OSError, ProtocolError) as error:
+                # Withdrawn, or a fault of the disk: the others go on.
+                log.warning("exchange %s: cannot be read any more: %s", exchange.hex(), error)
+                continue
             if found is not None:
                 self._transfers[exchange] = chunks
                 return Chunk(exchange=exchange, offset=found[0], data=found[1])

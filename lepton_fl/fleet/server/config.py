@@ -35,8 +35,11 @@ def _is_ip(host: str) -> bool:
     return True
 
 
+OFF = "off"
+"""In place of an address: that port is closed."""
 Address = Annotated[str, AfterValidator(_address)]
-LoopbackAddress = Annotated[str, AfterValidator(_loopback)]
+AddressOrOff = Annotated[str, AfterValidator(lambda text: text if text == OFF else _address(text))]
+LoopbackOrOff = Annotated[str, AfterValidator(lambda text: text if text == OFF else _loopback(text))]
 
 
 class _About(Strict):
@@ -46,6 +49,8 @@ class _About(Strict):
     """Folder of the database, runs and models, mode 0700; relative to server.toml."""
     pki: str = "pki"
     """Folder of keys and certificates, mode 0700; relative to server.toml."""
+    log: str | None = None
+    """File for the log, relative to server.toml; standard error if not given."""
     insecure_demo: bool = False
     """Let agents in whose noise comes from a known seed. What they train can never be promoted."""
 
@@ -53,9 +58,9 @@ class _About(Strict):
 class _Listen(Strict):
     fleet: Address = "127.0.0.1:9700"
     """Mutual TLS: the sites' agents."""
-    enrolment: Address | None = "127.0.0.1:9701"
-    """Where invited sites ask for their certificates; leave out to close it."""
-    status: LoopbackAddress | None = "127.0.0.1:9702"
+    enrolment: AddressOrOff = "127.0.0.1:9701"
+    """Where invited sites ask for their certificates."""
+    status: LoopbackOrOff = "127.0.0.1:9702"
     """/metrics and /healthz, in clear, on this machine only."""
     public: Address | None = None
     """How sites reach `fleet`, where that is another address, as behind a firewall."""
@@ -64,8 +69,9 @@ class _Listen(Strict):
 class _Limits(Strict):
     """What one caller, or all outsiders together, may cost."""
 
-    connections: Annotated[int, Field(ge=1, le=100_000)] = 2_000
-    """Open at once on each port, callers without a certificate included."""
+    connections: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Open at once on the agents' port. A caller without a certificate may cost 0.2 MiB until it is sent
+    away, so a thousand of them stay below 256 MiB."""
     handshake_s: Annotated[float, Field(gt=0, le=60)] = 10.0
     payload_mib: Annotated[int, Field(ge=1, le=1 << 20)] = 4_096
     """Largest reply of one site."""
@@ -77,6 +83,10 @@ class _Runs(Strict):
     heartbeat_s: Annotated[float, Field(gt=0, le=300)] = 10.0
     grace_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     """How long a round waits for a site that was cut off in the middle of it."""
+    settle_s: Annotated[float, Field(ge=0, le=3_600)] = 5.0
+    """How long a run that could begin waits for the other sites that have approved it."""
+    leave_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    """How long a server that is asked to end lets runs finish their round; they go on at its next start."""
     join_deadline_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     evaluate_deadline_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
 
@@ -95,6 +105,8 @@ class ServerFiles:
     """Where the server's own files are."""
 
     config: ServerConfig
+    path: Path
+    """server.toml."""
     state: Path
     pki: Path
 
@@ -102,9 +114,28 @@ class ServerFiles:
     def database(self) -> Path:
         return self.state / "server.db"
 
+    @property
+    def models(self) -> Path:
+        """Promoted models, by study and version."""
+        return self.state / "models"
+
+    @property
+    def log(self) -> Path | None:
+        return None if self.config.server.log is None else self.path.parent / self.config.server.log
+
+    def run(self, run: str) -> Path:
+        """Folder of a run."""
+        return self.state / "runs" / run
+
+    def first_model(self, digest: str) -> Path:
+        """A model that runs of a study begin with, where the operator gave one, by its digest."""
+        return self.state / "first" / f"{digest}.safetensors"
+
 
 def load_server(path: Path) -> ServerFiles:
     """The server.toml at `path` and where it says things are, or a ConfigError."""
     config = load(ServerConfig, path)
     home = path.parent
-    return ServerFiles(config=config, state=home / config.server.state, pki=home / config.server.pki)
+    return ServerFiles(
+        config=config, path=path, state=home / config.server.state, pki=home / config.server.pki
+    )

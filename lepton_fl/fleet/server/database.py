@@ -24,8 +24,10 @@ class Database:
     Not to be shared between threads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, patience: float = 30.0) -> None:
         """Open the file at `path`, made with mode 0600 in a folder of mode 0700 where there is none.
+
+        `patience` is how many seconds to wait while another process writes.
 
         Raises:
             ConfigError: it cannot be opened, or is another release's.
@@ -34,7 +36,7 @@ class Database:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=patience)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -42,7 +44,9 @@ class Database:
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
             if found not in (0, _FORMAT):
                 raise ConfigError(f"{path}: database format {found}, this release reads {_FORMAT}")
-            self._db.execute(f"PRAGMA user_version = {_FORMAT}")
+            if found != _FORMAT:
+                # Not each time: it is a commit, at which the server looks at everything again.
+                self._db.execute(f"PRAGMA user_version = {_FORMAT}")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{path}: the server's database cannot be used: {error}") from None
 

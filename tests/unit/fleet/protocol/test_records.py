@@ -2,6 +2,7 @@
 
 import contextlib
 import mmap
+import resource
 import stat
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from lepton_fl.errors import ProtocolError
 from lepton_fl.fleet.protocol.fleet_pb2 import PayloadHeader
 from lepton_fl.fleet.protocol.payload import CHUNK, SMALL, Payload
-from lepton_fl.fleet.protocol.records import pack, unpack
+from lepton_fl.fleet.protocol.records import REPLY_HEADER, pack, unpack
 from lepton_fl.messages import from_record, to_record
 
 
@@ -61,6 +62,20 @@ def test_a_large_payload_is_a_private_file_whose_arrays_are_views_of_it(tmp_path
     assert data.readonly
 
 
+def test_a_payload_that_finds_no_room_leaves_none_of_it(tmp_path):
+    """Each round's would stay, and a disk that is full would stay full."""
+    content = RecordDict({"arrays": to_record({"w": np.ones(1 << 20, np.float32)})})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            pack(content, tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_same_content_same_bytes(content, tmp_path):
     """A digest names the content: equal requests are recognised by it."""
     assert pack(content, tmp_path / "x").sha256 == pack(content, tmp_path / "y").sha256
@@ -89,6 +104,16 @@ def test_what_is_no_payload_is_refused(content, tmp_path, change):
 
     with pytest.raises(ProtocolError):
         unpack(memoryview(bytes(whole)))
+
+
+def test_a_header_that_is_longer_than_is_asked_for_is_not_parsed(content, tmp_path):
+    """A site's reply of 16 MiB of empty arrays took a run's process 700 MiB and half a minute."""
+    content["more"] = ConfigRecord({"x": bytes(REPLY_HEADER)})
+    view = pack(content, tmp_path / "x").open()
+
+    assert unpack(view).config_records["more"]["x"] == bytes(REPLY_HEADER)
+    with pytest.raises(ProtocolError, match="longer"):
+        unpack(view, max_header=REPLY_HEADER)
 
 
 @given(st.binary(max_size=200), st.booleans())

@@ -51,6 +51,17 @@ def test_a_repeated_chunk_is_refused(incoming):
         incoming.take(chunk(0, DATA[:10]))
 
 
+def test_a_payload_is_whole_for_whoever_has_it_mapped(incoming):
+    """Also when another is announced under its name: a map that is cut short ends the process (SIGBUS)."""
+    incoming.take(chunk(0, DATA))
+    payload = incoming.finish()
+
+    with payload.path.open("rb") as mapped:
+        Incoming(payload.path, size=1, sha256=bytes(32)).discard()
+
+        assert mapped.read() == DATA
+
+
 def test_wrong_bytes_begin_again_from_nothing(incoming):
     """A payload without its digest is no payload, and what came of it is not built upon."""
     incoming.take(chunk(0, b"y" + DATA[1:]))
