@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from lepton_fl.errors import ProtocolError
+from lepton_fl.federation.grids import OwnGrid
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.protocol.frames import Frames
 from lepton_fl.fleet.protocol.payload import Payload
-from lepton_fl.fleet.protocol.records import pack, unpack
+from lepton_fl.fleet.protocol.records import REPLY_HEADER, pack, unpack
 from lepton_fl.messages import round_of
 
 _FOREVER = 365 * 86_400.0
@@ -23,41 +22,34 @@ _SLACK = 5.0
 """Seconds after a deadline in which the front must have said so itself."""
 
 
-class FleetGrid(Grid):
+class FleetGrid(OwnGrid):
     """Requests go out once for all sites that are sent the same content; answers come as they arrive.
 
     Where a site gives no answer (gone, or too late) there is no reply for it, as Flower has it.
     """
 
-    def __init__(self, frames: Frames[pb.ToRunner], spool: Path, *, stop: Callable[[], None]) -> None:
-        """`spool` is the run's folder for payloads; `stop` is called when the operator ends the run."""
+    def __init__(
+        self,
+        frames: Frames[pb.ToRunner],
+        spool: Path,
+        *,
+        stop: Callable[[], None],
+        insecure: Callable[[], None],
+    ) -> None:
+        """`spool` is the run's folder for payloads.
+
+        `stop` is called when the operator ends the run; `insecure` when a site is there whose noise comes
+        from a known seed, before anything is asked of it.
+        """
+        super().__init__()
         self._frames = frames
         self._spool = spool
         self._stop = stop
+        self._insecure = insecure
         self._connected: dict[int, str] = {}
-        self.insecure: set[str] = set()
-        """Sites whose noise came from a known seed, ever in this run."""
-        self._run = Run.create_empty(0)
         self._open: dict[bytes, Message] = {}
         self._replies: dict[bytes, Message | None] = {}
         self._packed = 0
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """The sites that are connected now."""
@@ -94,7 +86,7 @@ class FleetGrid(Grid):
                 self._open.pop(exchange, None)
                 self._frames.send(pb.FromRunner(cancel=pb.Cancel(exchange=exchange)))
             for path in self._spool.glob("*.out"):
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def _send(self, messages: list[Message], limit: float) -> list[bytes]:
         """Open an exchange for each message; same content, one payload."""
@@ -131,7 +123,8 @@ class FleetGrid(Grid):
         match found.WhichOneof("kind"):
             case "connected":
                 self._connected = {m.party: m.site for m in found.connected.members}
-                self.insecure |= {m.site for m in found.connected.members if m.insecure_seed}
+                if any(member.insecure_seed for member in found.connected.members):
+                    self._insecure()
             case "arrived":
                 self._arrived(found.arrived)
             case "stop":
@@ -146,7 +139,7 @@ class FleetGrid(Grid):
             reply = Message(Error(arrived.error_code, arrived.error_reason), reply_to=message)
         elif message is not None and payload is not None:
             try:
-                reply = Message(unpack(payload.open()), reply_to=message)
+                reply = Message(unpack(payload.open(), max_header=REPLY_HEADER), reply_to=message)
             except ProtocolError:
                 # An empty reply is one that the round drops, and it names the sender.
                 reply = Message(RecordDict(), reply_to=message)

@@ -1,6 +1,6 @@
 """Who is connected, what is asked of whom, and what has come back. One event loop owns all of it.
 
-An *exchange* is one request to one site. It stays open until its answer is here, its deadline has passed, or
+An *exchange* is one request to one site. It stays open until its reply is here, its deadline has passed, or
 the site has been away for longer than the grace period; it outlives the connections that carry it. Nothing
 here knows what a payload says.
 """
@@ -11,24 +11,27 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lepton_fl.errors import ProtocolError
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
+from lepton_fl.fleet.protocol.limits import TRANSFERS, printable
 from lepton_fl.fleet.protocol.payload import Payload
 from lepton_fl.fleet.protocol.transfer import Incoming, Outbox
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS = 3
-"""Transfers of one result whose digest may be wrong before the exchange is given up."""
+SERVER_FAULT = 1
+"""Error code where it was not the site that failed."""
+FAREWELL_S = 2.0
+"""How long an agent has to hear why it is sent away."""
 _LOST_TRANSFER = "the result did not arrive as it was announced"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Reply:
     """How an exchange ended."""
 
     exchange: bytes
@@ -38,11 +41,11 @@ class Answer:
 
     @property
     def lost(self) -> bool:
-        """Whether there is no answer and will be none."""
+        """Whether there is none, and will be none."""
         return self.payload is None and not self.error_code
 
 
-Arrived = Callable[[Answer], None]
+Arrived = Callable[[Reply], None]
 
 
 @dataclass(kw_only=True)
@@ -58,7 +61,7 @@ class Exchange:
     spool: Path
     arrived: Arrived
     incoming: Incoming | None = None
-    attempts: int = 0
+    transfers: int = 0
     timer: asyncio.TimerHandle | None = None
     """Of the deadline."""
     grace: asyncio.TimerHandle | None = None
@@ -79,25 +82,34 @@ class Session:
     since: float = field(default_factory=time.time)
     heard: float = field(default_factory=time.monotonic)
     state: str = "idle"
+    received: int = 0
+    """Bytes of payloads."""
+    sent: int = 0
+    counted: tuple[int, int] = (0, 0)
+    """What of `received` and `sent` the telemetry knows."""
     over: bool = False
-    """The stream is to end, after what is in the outbox."""
+    """The stream is to end, after what is in the outbox; nothing more is heard of it."""
+    gone: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Done: the stream is to end now."""
 
     def close(self, code: pb.Goodbye.Code, reason: str) -> None:
-        """Say goodbye, and end."""
+        """Say goodbye, and end, also where it is not heard."""
         self.over = True
         self.outbox.put(pb.ToAgent(goodbye=pb.Goodbye(code=code, reason=reason)))
+        asyncio.get_running_loop().call_later(FAREWELL_S, self.drop)
 
     def drop(self) -> None:
-        """End without a word: nobody listens."""
+        """End without a word."""
         self.over = True
-        self.outbox.clear()
+        if not self.gone.done():
+            self.gone.set_result(None)
 
 
 class Hub:
     """All sessions and all open exchanges."""
 
     def __init__(self, *, grace: float, payload_limit: int) -> None:
-        """`grace` in seconds; `payload_limit` bytes of one site's answer."""
+        """`grace` in seconds; `payload_limit` bytes of one site's reply."""
         self._grace = grace
         self._limit = payload_limit
         self.sessions: dict[int, Session] = {}
@@ -116,8 +128,15 @@ class Hub:
         self.sessions[session.party] = session
         if before is not None:
             if not hmac.compare_digest(before.instance, session.instance):
-                log.warning("site %s: another agent has connected in place of the one before", session.site)
-            before.close(pb.Goodbye.REPLACED, "another agent of this site has connected; only one may run")
+                log.warning(
+                    "another agent has connected in place of the one before", extra={"site": session.site}
+                )
+                before.close(
+                    pb.Goodbye.REPLACED, "another agent of this site has connected; only one may run"
+                )
+            else:
+                # The same agent: nobody is left at the other end of its old connection.
+                before.drop()
         self._gone.pop(session.party, None)
         for exchange in self._of_party.get(session.party, {}).values():
             if exchange.grace is not None:
@@ -162,7 +181,7 @@ class Hub:
         )
         self._exchanges[exchange.id] = exchange
         self._of_party.setdefault(party, {})[exchange.id] = exchange
-        exchange.timer = loop.call_at(exchange.until, self._end, exchange, Answer(exchange=exchange.id))
+        exchange.timer = loop.call_at(exchange.until, self._end, exchange, Reply(exchange=exchange.id))
         session = self.sessions.get(party)
         if session is None:
             self._await_return(exchange)
@@ -170,7 +189,7 @@ class Hub:
             self._assign(session, exchange)
 
     def cancel(self, exchange_id: bytes) -> None:
-        """A run needs an answer no longer."""
+        """A run needs a reply no longer."""
         exchange = self._exchanges.get(exchange_id)
         if exchange is None:
             return
@@ -189,7 +208,7 @@ class Hub:
         loop = asyncio.get_running_loop()
         until = self._gone.get(exchange.party, -self._grace) + self._grace
         exchange.grace = loop.call_at(
-            max(until, loop.time()), self._end, exchange, Answer(exchange=exchange.id)
+            max(until, loop.time()), self._end, exchange, Reply(exchange=exchange.id)
         )
 
     # What agents say
@@ -201,25 +220,28 @@ class Hub:
             session.outbox.transfer(exchange.id, exchange.payload, said.offset)
 
     def result(self, session: Session, said: pb.Result) -> None:
-        """The site announces its answer. One that was counted already is acknowledged, and ignored.
+        """The site announces its reply. One that was counted already is acknowledged, and ignored.
 
         Raises:
-            ProtocolError: it is larger than any may be.
+            ProtocolError: it is larger than any may be, or malformed.
         """
+        if len(said.exchange) != 16:
+            raise ProtocolError("result: an exchange is named by 16 bytes")
         exchange = self._mine(session, said.exchange)
         if exchange is None:
             session.outbox.put(pb.ToAgent(ack=pb.Ack(exchange=said.exchange)))
             return
         session.outbox.drop(exchange.id)
         if said.error_code:
-            self._end(
-                exchange,
-                Answer(exchange=exchange.id, error_code=said.error_code, error_reason=said.error_reason),
-            )
-            session.outbox.put(pb.ToAgent(ack=pb.Ack(exchange=said.exchange)))
+            if not 0 < said.error_code < 1 << 31:
+                raise ProtocolError(f"result: error code {said.error_code}")
+            reason = printable(said.error_reason)
+            self._give_up(session, exchange, said.error_code, reason)
             return
-        if said.size > self._limit:
-            raise ProtocolError(f"result: {said.size} bytes, at most {self._limit} are taken")
+        if not 0 < said.size <= self._limit:
+            raise ProtocolError(f"result: {said.size} bytes, 1 to {self._limit} are taken")
+        if len(said.sha256) != 32:
+            raise ProtocolError("result: a SHA-256 is 32 bytes")
         if said.inline:
             payload = Payload.of(said.inline)
             if payload.size != said.size or not hmac.compare_digest(payload.sha256, said.sha256):
@@ -232,7 +254,11 @@ class Hub:
             held = None
         if held is None:
             path = exchange.spool / f"{exchange.id.hex()}.in"
-            held = exchange.incoming = Incoming(path, size=said.size, sha256=said.sha256)
+            try:
+                held = exchange.incoming = Incoming(path, size=said.size, sha256=said.sha256)
+            except OSError as error:
+                self._cannot_store(session, exchange, error)
+                return
         session.outbox.put(pb.ToAgent(proceed=pb.Proceed(exchange=exchange.id, offset=held.received)))
 
     def chunk(self, session: Session, said: pb.Chunk) -> None:
@@ -246,36 +272,49 @@ class Hub:
             return  # Under way when the exchange ended.
         if exchange.incoming is None:
             raise ProtocolError("chunk: of a result that was not announced")
-        if not exchange.incoming.take(said):
+        try:
+            payload = exchange.incoming.finish() if exchange.incoming.take(said) else None
+        except OSError as error:
+            self._cannot_store(session, exchange, error)
             return
-        payload = exchange.incoming.finish()
         if payload is not None:
             exchange.incoming = None
             self._complete(session, exchange, payload)
-            return
-        exchange.attempts += 1
-        log.warning("site %s: a result does not have the digest it was announced with", session.site)
-        if exchange.attempts >= _ATTEMPTS:
-            self._end(exchange, Answer(exchange=exchange.id, error_code=1, error_reason=_LOST_TRANSFER))
-            session.outbox.put(pb.ToAgent(ack=pb.Ack(exchange=exchange.id)))
+        elif exchange.incoming.received == 0:
+            # All of it was here, and was not what had been announced.
+            self._again(session, exchange)
+
+    def _again(self, session: Session, exchange: Exchange) -> None:
+        exchange.transfers += 1
+        log.warning("a result does not have the digest it was announced with", extra={"site": session.site})
+        if exchange.transfers >= TRANSFERS:
+            self._give_up(session, exchange, SERVER_FAULT, _LOST_TRANSFER)
         else:
             session.outbox.put(pb.ToAgent(proceed=pb.Proceed(exchange=exchange.id, offset=0)))
 
+    def _cannot_store(self, session: Session, exchange: Exchange, error: OSError) -> None:
+        log.error("a result cannot be stored: %s", error.strerror, extra={"site": session.site})
+        self._give_up(session, exchange, SERVER_FAULT, f"the server cannot store it: {error.strerror}")
+
+    def _give_up(self, session: Session, exchange: Exchange, code: int, reason: str) -> None:
+        self._end(exchange, Reply(exchange=exchange.id, error_code=code, error_reason=reason))
+        session.outbox.put(pb.ToAgent(ack=pb.Ack(exchange=exchange.id)))
+
     def _complete(self, session: Session, exchange: Exchange, payload: Payload) -> None:
-        self._end(exchange, Answer(exchange=exchange.id, payload=payload))
+        self._end(exchange, Reply(exchange=exchange.id, payload=payload))
         session.outbox.put(pb.ToAgent(ack=pb.Ack(exchange=exchange.id)))
 
     def _mine(self, session: Session, exchange_id: bytes) -> Exchange | None:
         """The open exchange of that id, if it is this site's: nobody answers for another."""
         return self._of_party.get(session.party, {}).get(exchange_id)
 
-    def _end(self, exchange: Exchange, answer: Answer) -> None:
+    def _end(self, exchange: Exchange, reply: Reply) -> None:
         if exchange.id in self._exchanges:
             session = self.sessions.get(exchange.party)
-            if answer.lost and session is not None:
+            if reply.lost and session is not None:
                 session.outbox.put(pb.ToAgent(cancel=pb.Cancel(exchange=exchange.id)))
             self._close(exchange)
-            exchange.arrived(answer)
+            exchange.arrived(reply)
 
     def _close(self, exchange: Exchange) -> None:
         del self._exchanges[exchange.id]
@@ -292,6 +331,6 @@ class Hub:
         if session is not None:
             session.outbox.drop(exchange.id)
 
-    def stats(self) -> Mapping[str, int]:
-        """Counts, for those who watch."""
-        return {"sessions": len(self.sessions), "exchanges": len(self._exchanges)}
+    def __len__(self) -> int:
+        """Open exchanges."""
+        return len(self._exchanges)

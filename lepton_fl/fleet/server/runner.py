@@ -20,24 +20,25 @@ from pathlib import Path
 
 import torch
 from flwr.app import Context, RecordDict
-from safetensors.numpy import load_file
 
 from lepton_fl.data import Contract
-from lepton_fl.errors import ConfigError, LeptonError
-from lepton_fl.federation import Federation, server_app
-from lepton_fl.federation.loop import RoundReport
+from lepton_fl.errors import ConfigError, LeptonError, VerificationFailed
+from lepton_fl.federation import Deadlines, Federation, RoundReport, server_app
+from lepton_fl.files import lock, write_atomic
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.protocol.frames import Frames
 from lepton_fl.fleet.server.grid import FleetGrid
-from lepton_fl.fleet.server.link import RunSpec
+from lepton_fl.fleet.server.link import INSECURE, RunSpec
 from lepton_fl.study import Study, parse_canonical
-from lepton_fl.tasks import Arrays, arrays_of, build_model
-from lepton_fl.tasks.model_file import write_model
+from lepton_fl.tasks import Arrays, arrays_of, build_model, model_hash
+from lepton_fl.tasks.model_file import read_model, write_model
 
 log = logging.getLogger(__name__)
 
-INSECURE = "INSECURE SEED: a demonstration, no privacy"
-"""Label of every model that a site with a known seed has had a part in."""
+_STAMP = "insecure"
+"""File in the run's folder, made once a site whose noise comes from a known seed is there."""
+PREDECESSOR_S = 60.0
+"""How long the process of the same run before this one has to end, once its server is gone."""
 
 
 class _Teller:
@@ -65,16 +66,18 @@ class _Teller:
 def run(folder: Path, frames: Frames[pb.ToRunner]) -> pb.Finished:
     """The whole run; what there is to say of its end."""
     spec = RunSpec.read(folder / "run.json")
-    frames.send(pb.FromRunner(ready=pb.Ready(run=spec.run)))
     try:
         study = parse_canonical((folder / "study.canonical").read_bytes(), spec.study_id)
         federation = _federation(folder, spec, study, frames)
         spool = folder / "spool"
-        spool.mkdir(mode=0o700, exist_ok=True)
-        grid = FleetGrid(frames, spool, stop=federation.stop)
+        for left in spool.iterdir():
+            left.unlink()
+        stamp = folder / _STAMP
+        grid = FleetGrid(frames, spool, stop=federation.stop, insecure=lambda: write_atomic(stamp, b""))
+        frames.send(pb.FromRunner(ready=pb.Ready(run=spec.run)))
         context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config={})
         server_app(federation)(grid, context)
-        return _finished(folder, study, federation, grid)
+        return _finished(folder, study, federation)
     except LeptonError as error:
         log.warning("run %s: %s", spec.run, error)
         return pb.Finished(exit_code=error.exit_code, message=str(error), json="{}")
@@ -82,8 +85,20 @@ def run(folder: Path, frames: Frames[pb.ToRunner]) -> pb.Finished:
 
 def _federation(folder: Path, spec: RunSpec, study: Study, frames: Frames[pb.ToRunner]) -> Federation:
     checkpoint, teller = folder / "checkpoint.safetensors", _Teller(frames)
+    deadlines = Deadlines(
+        join=spec.join_deadline, train=study.train.deadline, evaluate=spec.evaluate_deadline
+    )
     if checkpoint.exists():
-        return Federation.resume(checkpoint, study=study, sites=spec.sites, observer=teller, context="fleet")
+        return Federation.resume(
+            checkpoint,
+            study=study,
+            sites=spec.sites,
+            observer=teller,
+            context="fleet",
+            deadlines=deadlines,
+            settle=spec.settle,
+            reconnect=spec.join_deadline,
+        )
     return Federation(
         study=study,
         model=_first_model(folder, spec, study),
@@ -92,33 +107,48 @@ def _federation(folder: Path, spec: RunSpec, study: Study, frames: Frames[pb.ToR
         checkpoint=checkpoint,
         context="fleet",
         run_id=spec.run,
+        deadlines=deadlines,
+        settle=spec.settle,
+        reconnect=spec.join_deadline,
     )
 
 
+def _alone(folder: Path) -> None:
+    """Wait until no other process works on this run: one of a server that was killed may be at its round.
+
+    Raises:
+        ConfigError: one still does.
+    """
+    # Held until this process ends.
+    if lock(folder / "run.lock", patience=PREDECESSOR_S) is None:
+        raise ConfigError(f"{folder}: another process still works on this run")
+
+
 def _first_model(folder: Path, spec: RunSpec, study: Study) -> Arrays:
-    model = arrays_of(build_model(study, Contract.of(study).width, torch.Generator()))
     if spec.first_model is None:
-        return model
-    found = load_file(folder / spec.first_model)
-    if {n: a.shape for n, a in found.items()} != {n: a.shape for n, a in model.items()}:
-        raise ConfigError(f"{spec.first_model}: not a model of study {study.study.name}")
-    return {name: found[name] for name in model}
+        return arrays_of(build_model(study, Contract.of(study).width, torch.Generator()))
+    model = read_model((folder / spec.first_model).read_bytes(), study, file=spec.first_model)
+    if model_hash(model) != spec.first_model_sha256:
+        raise VerificationFailed(f"{spec.first_model}: is not the model that was submitted with the study")
+    return model
 
 
-def _finished(folder: Path, study: Study, federation: Federation, grid: FleetGrid) -> pb.Finished:
-    labels = (INSECURE,) if grid.insecure else ()
-    whole = federation.done == study.train.rounds or bool(federation.stopped_early)
-    digest = write_model(folder / "model.safetensors", study, federation.model, labels) if whole else ""
-    about = {
+def _finished(folder: Path, study: Study, federation: Federation) -> pb.Finished:
+    about: dict[str, object] = {
         "done": federation.done,
         "started": federation.started,
-        "model": digest,
-        "labels": list(labels),
-        "released": federation.released,
+        "stopped": federation.stopped,
         "refused": federation.refused,
-        "stopped_early": federation.stopped_early,
-        "stopped": not whole,
     }
+    if not federation.stopped:
+        labels = [INSECURE] if (folder / _STAMP).exists() else []
+        digest = write_model(folder / "model.safetensors", study, federation.model, labels)
+        about |= {
+            "model": digest,
+            "labels": labels,
+            "released": federation.released,
+            "stopped_early": federation.stopped_early,
+        }
     return pb.Finished(exit_code=0, message="", json=json.dumps(about))
 
 
@@ -137,14 +167,14 @@ def main() -> None:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     torch.set_num_threads(1)
-    sock = socket.socket(fileno=given.fd)
-    frames = Frames(sock, pb.ToRunner)
+    frames = Frames(socket.socket(fileno=given.fd), pb.ToRunner)
     try:
+        _alone(given.folder)
         finished = run(given.folder, frames)
+        frames.send(pb.FromRunner(finished=finished))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         log.warning("the server is gone; the run can be gone on with from its checkpoint")
         sys.exit(1)
-    frames.send(pb.FromRunner(finished=finished))
     # Until the server has read it and closed its end.
     threading.Timer(10.0, os._exit, (0,)).start()
     try:

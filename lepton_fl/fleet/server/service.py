@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol, cast
+from collections.abc import AsyncIterator
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from lepton_fl import __version__
 from lepton_fl.errors import IdentityRefused, LeptonError, ProtocolError
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
+from lepton_fl.fleet.protocol.limits import MISSED, printable
 from lepton_fl.fleet.protocol.methods import PROTOCOL
 from lepton_fl.fleet.protocol.transfer import Outbox
 from lepton_fl.fleet.server.hub import Hub, Session
@@ -27,8 +29,10 @@ HELLO_S = 10.0
 """How long a caller with a certificate may be silent before its first word."""
 CHECK_S = 1.0
 """How often an open stream's certificate is looked at again."""
-MISSED = 3
-"""Heartbeats after which a silent agent is gone."""
+MAX_WORD = 40
+"""Characters of an agent's release, device or state."""
+MAX_UNREAD = 10_000
+"""Control messages that wait for one agent."""
 
 
 class Admission(Protocol):
@@ -40,115 +44,130 @@ class Admission(Protocol):
     def site(self) -> str: ...
 
 
-class Gate(Protocol):
-    """Who may be here. Asked on every call, and again and again while a stream is open."""
-
-    def admit(self, pem: bytes) -> Admission:
-        """The site that the certificate of a TLS connection proves, now. Empty: there is none.
-
-        Raises:
-            IdentityRefused: absent, expired, of no use here, revoked, or of nobody we know.
-        """
-
-    def check(self, admission: Admission) -> None:
-        """Does it still hold? Cheap: asked once a second of every open stream.
-
-        Raises:
-            IdentityRefused: expired or revoked since.
-        """
-
-    def renew(self, csr: bytes, site: str) -> tuple[bytes, bytes]:
-        """A new certificate for `site` and its chain, both PEM."""
+A = TypeVar("A", bound=Admission)
 
 
-class FleetService:
+class Gate(Protocol[A]):
+    """Who may be here: `server/gate.py`."""
+
+    def admit(self, pem: bytes) -> A: ...
+    def check(self, admission: A) -> None: ...
+    def renew(self, admission: A, request: pb.RenewRequest) -> pb.RenewReply: ...
+
+
+class Listener(Protocol):
+    """Hears who comes, what is said to studies, and who goes."""
+
+    def entered(self, session: Session, hello: pb.Hello) -> None:
+        """May put more into the new session's outbox."""
+
+    def answered(self, session: Session, answer: pb.Answer) -> None: ...
+    def left(self, session: Session) -> None: ...
+    def refused(self, reason: str) -> None:
+        """Somebody was not let in: `certificate`, `hello` or `silence`."""
+
+
+class FleetService(Generic[A]):
     """The servicer of `Fleet`."""
 
     def __init__(
-        self,
-        hub: Hub,
-        gate: Gate,
-        *,
-        heartbeat: float,
-        insecure_demo: bool,
-        answered: Callable[[Session, pb.Answer], None],
-        entered: Callable[[Session, pb.Hello], None],
+        self, hub: Hub, gate: Gate[A], listener: Listener, *, heartbeat: float, insecure_demo: bool = False
     ) -> None:
-        """`entered` may put more into a new session's outbox; `answered` hears what sites say to studies."""
         self._hub = hub
         self._gate = gate
+        self._listener = listener
         self._heartbeat = heartbeat
         self._insecure_demo = insecure_demo
-        self._answered = answered
-        self._entered = entered
-        self._admissions: dict[Session, Admission] = {}
+        self._admissions: dict[Session, A] = {}
+        self._leaving = ""
+        """Why nobody is let in any more."""
 
     async def renew(self, request: pb.RenewRequest, context: RenewContext) -> pb.RenewReply:
         """A new certificate for the site that calls."""
         try:
-            site = self._gate.admit(_certificate(context)).site
-            certificate, chain = self._gate.renew(request.csr, site)
-        except LeptonError as error:
+            return self._gate.renew(self._gate.admit(_certificate(context)), request)
+        except IdentityRefused as error:
+            self._listener.refused("certificate")
+            log.warning("a renewal was refused: %s", error.message)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.message)
-        return pb.RenewReply(certificate=certificate, chain=chain)
+            raise  # Never reached: `abort` raises.
+        except LeptonError as error:
+            # Our own files: no word of them leaves, and the site is to try again.
+            log.warning("a certificate cannot be renewed: %s", error.message)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server cannot renew certificates now")
+            raise
 
     async def connect(self, requests: AsyncIterator[pb.FromAgent], context: Context) -> None:
         """One agent, from its hello to its goodbye."""
         try:
             admission = self._gate.admit(_certificate(context))
         except IdentityRefused as error:
-            log.warning("a caller was refused: %s", error.message)
-            await _end(context, pb.Goodbye.REFUSED, error.message)
+            await self._refuse(context, "certificate", error)
             return
-        site = admission.site
         try:
             first = await asyncio.wait_for(anext(requests), HELLO_S)
-            hello = self._check_hello(first, site)
+            hello = self._check_hello(first, admission.site)
+            # Its first word may have waited until its certificate was no longer good.
+            self._gate.check(admission)
         except (TimeoutError, StopAsyncIteration):
+            self._listener.refused("silence")
             return
-        except ProtocolError as error:
-            log.warning("site %s: %s", site, error.message)
-            await _end(context, pb.Goodbye.REFUSED, error.message)
+        except (ProtocolError, IdentityRefused) as error:
+            await self._refuse(context, "hello", error, site=admission.site)
             return
-        wake = asyncio.Event()
-        session = Session(
-            party=admission.party,
-            site=site,
-            instance=hello.instance,
-            release=hello.release,
-            device=hello.device,
-            insecure_seed=hello.insecure_seed,
-            outbox=Outbox(wake.set),
-        )
+        if self._leaving:
+            goodbye = pb.Goodbye(code=pb.Goodbye.LEAVING, reason=self._leaving)
+            await context.write(pb.ToAgent(goodbye=goodbye))
+            return
         welcome = pb.Welcome(
             protocol=PROTOCOL,
             release=__version__,
             heartbeat_s=self._heartbeat,
             party=admission.party,
             open=self._hub.open_for(admission.party),
+            time=time.time(),
+        )
+        if hello.probe:
+            await context.write(pb.ToAgent(welcome=welcome))
+            return
+        wake = asyncio.Event()
+        session = Session(
+            party=admission.party,
+            site=admission.site,
+            instance=hello.instance,
+            release=printable(hello.release, MAX_WORD),
+            device=printable(hello.device, MAX_WORD),
+            insecure_seed=hello.insecure_seed,
+            outbox=Outbox(wake.set),
         )
         session.outbox.put(pb.ToAgent(welcome=welcome))
-        self._entered(session, hello)
+        self._listener.entered(session, hello)
         self._hub.enter(session)
         self._admissions[session] = admission
-        log.info("site %s connected: release %s, device %s", site, hello.release, hello.device)
         tasks = [
             asyncio.create_task(self._send(session, context, wake)),
             asyncio.create_task(self._receive(session, requests)),
         ]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                failure = task.exception()
-                if failure is not None and not isinstance(failure, grpc.aio.BaseError):
-                    log.error("site %s: stream failed: %r", site, failure)
+            await asyncio.wait([*tasks, session.gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for failure in await asyncio.gather(*tasks, return_exceptions=True):
+                # A connection that breaks is no news; a fault of ours is.
+                if isinstance(failure, Exception) and not isinstance(failure, grpc.aio.BaseError):
+                    log.error("a stream has failed: %r", failure, extra={"site": session.site})
+            # Of transfers that were not finished it has the files open.
+            session.outbox.clear()
             del self._admissions[session]
             self._hub.leave(session)
-            log.info("site %s disconnected", site)
+            self._listener.left(session)
+
+    async def _refuse(self, context: Context, what: str, error: LeptonError, site: str = "") -> None:
+        self._listener.refused(what)
+        log.warning("a caller was refused: %s", error.message, extra={"site": site, "peer": context.peer()})
+        goodbye = pb.Goodbye(code=pb.Goodbye.REFUSED, reason=str(error))
+        await context.write(pb.ToAgent(goodbye=goodbye))
 
     def _check_hello(self, first: pb.FromAgent, site: str) -> pb.Hello:
         hello = first.hello
@@ -181,6 +200,7 @@ class FleetService:
                     session.outbox.put(pb.ToAgent(heartbeat=pb.Heartbeat(number=number)))
                 continue
             if isinstance(message, pb.Chunk):
+                session.sent += len(message.data)
                 message = pb.ToAgent(chunk=message)
             await context.write(cast("pb.ToAgent", message))
 
@@ -190,51 +210,72 @@ class FleetService:
                 session.heard = time.monotonic()
                 if not self._take(session, message):
                     break
-        except ProtocolError as error:
-            log.warning("site %s broke the protocol: %s", session.site, error.message)
-            session.close(pb.Goodbye.FAULT, error.message)
-            await asyncio.sleep(self._heartbeat)
+        except (ProtocolError, DecodeError) as error:
+            said = error.message if isinstance(error, ProtocolError) else "a message is not protobuf"
+            log.warning("a site broke the protocol: %s", said, extra={"site": session.site})
+            session.close(pb.Goodbye.FAULT, said)
+            # Until `_send` has said so.
+            await session.gone
 
     def _take(self, session: Session, message: pb.FromAgent) -> bool:
+        """One message; False if it was the last."""
+        if session.over:
+            return True
+        if len(session.outbox) > MAX_UNREAD:
+            raise ProtocolError(f"does not read what it is sent: {MAX_UNREAD} messages wait")
         kind = message.WhichOneof("kind")
         match kind:
             case "heartbeat":
-                session.state = message.heartbeat.state[:32]
+                session.state = printable(message.heartbeat.state, MAX_WORD)
             case "accept":
                 self._hub.accept(session, message.accept)
             case "result":
+                session.received += len(message.result.inline)
                 self._hub.result(session, message.result)
             case "chunk":
+                session.received += len(message.chunk.data)
                 self._hub.chunk(session, message.chunk)
             case "ack":
                 pass
             case "answer":
-                self._answered(session, message.answer)
+                self._listener.answered(session, message.answer)
             case "goodbye":
                 return False
             case _:
                 raise ProtocolError(f"a message of kind {kind!r} is not expected here")
         return True
 
+    def check(self) -> None:
+        """End the streams of sites that are no longer let in, or that have fallen silent."""
+        for session, admission in list(self._admissions.items()):
+            if session.over:
+                continue
+            try:
+                self._gate.check(admission)
+            except IdentityRefused as error:
+                log.warning("a site is refused from now on: %s", error.message, extra={"site": session.site})
+                self._listener.refused("certificate")
+                session.close(pb.Goodbye.REFUSED, str(error))
+            if time.monotonic() - session.heard > MISSED * self._heartbeat:
+                log.warning("a site is silent", extra={"site": session.site, "heartbeats": MISSED})
+                session.drop()
+
     async def watch(self) -> None:
-        """For ever: end the streams of sites that are no longer let in, or that have fallen silent."""
+        """`check`, for ever."""
         while True:
             await asyncio.sleep(CHECK_S)
-            for session, admission in list(self._admissions.items()):
-                try:
-                    self._gate.check(admission)
-                except IdentityRefused as error:
-                    log.warning("site %s: %s", session.site, error.message)
-                    session.close(pb.Goodbye.REFUSED, error.message)
-                if time.monotonic() - session.heard > MISSED * self._heartbeat:
-                    log.warning("site %s: silent for %d heartbeats", session.site, MISSED)
-                    session.drop()
+            self.check()
+
+    async def farewell(self, reason: str) -> None:
+        """Tell every agent that the server is leaving, and let it hear so; who comes now is told at once."""
+        self._leaving = reason
+        for session in list(self._admissions):
+            session.close(pb.Goodbye.LEAVING, reason)
+        # Each ends by itself, within `hub.FAREWELL_S`.
+        while self._admissions:
+            await asyncio.sleep(0.02)
 
 
 def _certificate(context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
     """The caller's certificate, PEM; empty if it showed none."""
     return next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
-
-
-async def _end(context: Context, code: pb.Goodbye.Code, reason: str) -> None:
-    await context.write(pb.ToAgent(goodbye=pb.Goodbye(code=code, reason=reason)))
