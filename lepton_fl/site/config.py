@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from lepton_fl.config import Strict, load, read_toml
 from lepton_fl.data import Batch, Contract, Room
 from lepton_fl.data.sources import DuckDB, Password, Postgres, Source, SQLite, file_source, open_batches
+from lepton_fl.errors import ConfigError
 from lepton_fl.study import Name
 
 
@@ -105,6 +106,17 @@ class _Runtime(Strict):
     """Size above which an encoded table lies in unlinked files instead."""
     scratch: str | None = None
     """Folder of those files (default: `site.state`); relative to site.toml."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model is trained: training/device.py says what this release can use."""
+    log: str | None = None
+    """File for the agent's log (default: standard error); relative to site.toml."""
+
+
+class _Server(Strict):
+    address: Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")] | None = None
+    """HOST:PORT of the federation's server for agents (default: as it said when the site joined)."""
+    pki: str = "pki"
+    """Folder of the site's keys and certificates, mode 0700; relative to site.toml."""
 
 
 class SiteConfig(Strict):
@@ -112,6 +124,7 @@ class SiteConfig(Strict):
 
     site: _About
     data: _Source
+    server: _Server = _Server()
     runtime: _Runtime = _Runtime()
 
     def open_batches(self, contract: Contract, home: Path) -> Iterator[Batch]:
@@ -130,9 +143,37 @@ class SiteFiles:
 
     name: str
     policy: Path
-    ledger: Path
-    approvals: Path
-    split_key: Path
+    state: Path
+
+    @property
+    def ledger(self) -> Path:
+        return self.state / "ledger.db"
+
+    @property
+    def approvals(self) -> Path:
+        return self.state / "approvals.jsonl"
+
+    @property
+    def split_key(self) -> Path:
+        return self.state / "split.key"
+
+    @property
+    def replies(self) -> Path:
+        """What the agent has sent, in a folder for each run."""
+        return self.state / "replies"
+
+    def check_ledger(self) -> None:
+        """That the ledger of a site which has taken part in runs is still there.
+
+        Raises:
+            ConfigError: it is not; a new one would let the budget be spent a second time.
+        """
+        if not self.ledger.exists() and any(self.replies.glob("*/*")):
+            raise ConfigError(
+                f"{self.ledger}: is gone, and this site has taken part in runs: only there is recorded what "
+                "they spent",
+                fix="bring ledger.db back from the backup; a new one would spend the budget a second time",
+            )
 
 
 def files_of(place: Path) -> SiteFiles:
@@ -147,13 +188,7 @@ def files_of(place: Path) -> SiteFiles:
     else:
         about = load_site_config(config).site
         name, policy, state = about.id, config.parent / about.policy, config.parent / about.state
-    return SiteFiles(
-        name=name,
-        policy=policy,
-        ledger=state / "ledger.db",
-        approvals=state / "approvals.jsonl",
-        split_key=state / "split.key",
-    )
+    return SiteFiles(name=name, policy=policy, state=state)
 
 
 def load_site_config(path: Path) -> SiteConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -121,6 +122,12 @@ def admit_study(
             ", ".join(repr(name) for name in policy.release.allow_models),
             "release.allow_models",
         )
+    if approvals is not None and (reason := approvals.refusal(study.id)) is not None:
+        raise PolicyRefused(
+            f"study {study.study.name} was refused here: {reason or 'no reason given'} ({approvals.path})",
+            fix="lepton-fl study approve STUDY -c site.toml",
+            public=f"refused by the site's people: {reason or 'no reason given'}",
+        )
     if require.approval == "signed-study":
         raise refuse(
             "approval by its operator's signature (studies are not signed in this release)",
@@ -131,6 +138,21 @@ def admit_study(
         error = refuse("approval", "approved studies only", "require.approval")
         error.fix = "lepton-fl study approve study.toml -c site.toml"
         raise error
+
+
+def admit_deployed(study: Study) -> None:
+    """Refuse what only a simulation may do.
+
+    Raises:
+        PolicyRefused: the study needs secure aggregation, which this release does not have.
+    """
+    if study.privacy.noise == "shared" or study.secure_aggregation.enabled:
+        raise PolicyRefused(
+            f"study {study.study.name} needs secure aggregation, which agents of this release do not "
+            "have: an update without it would be seen by the server",
+            fix="set secure_aggregation.enabled = false with privacy.noise = 'local', or simulate",
+            public="secure aggregation is not available at the site",
+        )
 
 
 def admit_data(policy: Policy, study: Study, *, units: int, rows: int, positives: int, file: str) -> None:
@@ -159,37 +181,60 @@ def admit_data(policy: Policy, study: Study, *, units: int, rows: int, positives
 
 
 class Approvals:
-    """The studies that a person at this site approved: one JSON line each, append-only."""
+    """What people at this site said to studies: one JSON line each, append-only; the last one counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def has(self, study_id: str) -> bool:
-        """Whether this very study was approved; an unreadable file approves nothing."""
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return False
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.path}: approvals cannot be read: {error}") from None
-        return any(_study_in(line) == study_id for line in lines)
+        """Whether this very study is approved; an unreadable file approves nothing."""
+        entry = self._last(study_id)
+        return entry is not None and "refused" not in entry
+
+    def refusal(self, study_id: str) -> str | None:
+        """Why people here refuse this study, as they told its operator; None where they do not."""
+        entry = self._last(study_id)
+        return None if entry is None or "refused" not in entry else str(entry["refused"])
 
     def add(self, study: Study) -> None:
         """Record the approval of a study."""
+        self._append(study, {})
+
+    def refuse(self, study: Study, reason: str) -> None:
+        """Record a refusal, which holds whatever the policy says. The reason is told to the operator."""
+        self._append(study, {"refused": reason})
+
+    def _last(self, study_id: str) -> dict[str, object] | None:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.path}: approvals cannot be read: {error}") from None
+        found = [entry for line in lines if (entry := _entry(line)).get("study") == study_id]
+        return found[-1] if found else None
+
+    def _append(self, study: Study, said: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {
             "study": study.id,
             "name": study.study.name,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **said,
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, sort_keys=True) + "\n")
+        self.path.touch(mode=0o600)
+        with self.path.open("ab+") as file:
+            # A line that was cut off, as by a full disk, must not swallow this one.
+            file.seek(-1 if file.seek(0, os.SEEK_END) else 0, os.SEEK_END)
+            begin = b"" if file.read() in (b"", b"\n") else b"\n"
+            file.write(begin + json.dumps(entry, sort_keys=True).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _study_in(line: str) -> str | None:
+def _entry(line: str) -> dict[str, object]:
     try:
         entry = json.loads(line)
     except ValueError:
-        return None
-    found = entry.get("study") if isinstance(entry, dict) else None
-    return found if isinstance(found, str) else None
+        return {}
+    return entry if isinstance(entry, dict) else {}

@@ -11,10 +11,10 @@ from typing import Generic, TypeVar
 import torch
 
 from lepton_fl.data import Table
-from lepton_fl.errors import ConfigError, LeptonError, PolicyRefused
+from lepton_fl.errors import ConfigError, LeptonError
 from lepton_fl.privacy import AnyLedger, Guarantee, Ledger, RehearsalLedger
 from lepton_fl.privacy.ledger import Budget
-from lepton_fl.site.policy import Approvals, Policy
+from lepton_fl.site.policy import Approvals, Policy, admit_deployed
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, TaskSpec, arrays_of, build_model, task_of
 from lepton_fl.training.noise import Noise, SimulationNoise, UnseededNoise
@@ -83,18 +83,8 @@ class Deployed:
             raise TypeError("a deployed site draws unseeded noise and keeps its ledger on disk")
 
     def admit(self, study: Study) -> None:
-        """Refuse what only a simulation may do.
-
-        Raises:
-            PolicyRefused: the study needs secure aggregation, which this release does not have.
-        """
-        if study.privacy.noise == "shared" or study.secure_aggregation.enabled:
-            raise PolicyRefused(
-                f"study {study.study.name} needs secure aggregation, which agents of this release do not "
-                "have: an update without it would be seen by the server",
-                fix="set secure_aggregation.enabled = false with privacy.noise = 'local', or simulate",
-                public="secure aggregation is not available at the site",
-            )
+        """Refuse what only a simulation may do: `admit_deployed`."""
+        admit_deployed(study)
 
 
 Surroundings = Simulated | StockFlower | Deployed

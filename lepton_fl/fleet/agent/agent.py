@@ -1,62 +1,58 @@
 """A site's agent: connects, is asked, answers. What it may answer is decided by the site's own app.
 
-One event loop talks; one thread works, so that a heartbeat never waits for a training step. It runs the
-ClientApp of this installation and nothing that a server sends.
+It runs the ClientApp of this installation and nothing that a server sends. One event loop talks; the work
+is done in a thread beside it (exchanges.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import grpc.aio
-from flwr.app import Context, Message, RecordDict
 
 from lepton_fl import __version__
-from lepton_fl.errors import ConnectionFailed, IdentityRefused, LeptonError, ProtocolError
-from lepton_fl.fleet.agent.cache import Reply, ReplyCache
+from lepton_fl.errors import ConfigError, ConnectionFailed, IdentityRefused, LeptonError
+from lepton_fl.fleet.agent.exchanges import Exchanges
+from lepton_fl.fleet.agent.member import EnrolledSite
+from lepton_fl.fleet.agent.offers import MAX_OFFERS, Offered, Offers
+from lepton_fl.fleet.agent.peer import check_clock, check_release, explain, obey
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
+from lepton_fl.fleet.protocol.limits import MISSED, printable
 from lepton_fl.fleet.protocol.methods import PROTOCOL, connect_method
-from lepton_fl.fleet.protocol.payload import Payload
-from lepton_fl.fleet.protocol.records import pack, unpack
-from lepton_fl.fleet.protocol.transfer import Incoming, Outbox
-from lepton_fl.messages import RUN_ID, SITS_OUT, incoming
-from lepton_fl.site import SiteApp, Surroundings
+from lepton_fl.fleet.protocol.transfer import Outbox
+from lepton_fl.site import SiteApp, Surroundings, client_app
+from lepton_fl.site.policy import Policy, load_policy
+from lepton_fl.study import Study
 
 log = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds between attempts to connect: doubled each time, and drawn at random between half of it and it."""
-MISSED = 3
-MAX_REQUEST = 16 << 30
-"""Bytes of one request."""
+LASTED_S = 10.0
+"""A connection that held so long was a good one: the next attempt waits as briefly as the first."""
+_LOOK_S = 1.0
+"""How often the site's own files are looked at."""
+_RENEWAL_S = 60.0
+_MAX_WAITING = 256
+"""Messages that a server may leave unread before it counts as one that does not read."""
+_OFFERS_READ = 4 * MAX_OFFERS
+"""Offers in one connection."""
+_GOODBYE_S = 2.0
+_STOP_S = 20.0
+"""How long an end waits for the server to take the answer to what was asked before."""
 
-
-@dataclass(kw_only=True)
-class _Job:
-    """One exchange at the site."""
-
-    request: pb.Assign
-    incoming: Incoming | None = None
-    payload: Payload | None = None
-    reply: Reply | None = None
-    cancelled: bool = False
-
-    @property
-    def key(self) -> str:
-        """Of the request: what is asked again is the same in all of this."""
-        asked = (self.request.run, self.request.round, self.request.type, self.request.sha256.hex())
-        return hashlib.sha256("|".join(map(str, asked)).encode()).hexdigest()
+_NO_FILE = (0, 0, 0)
+_STATES = {"waiting": pb.Answer.WAITING, "approved": pb.Answer.APPROVED, "refused": pb.Answer.REFUSED}
+Stream = grpc.aio.StreamStreamCall[pb.FromAgent, pb.ToAgent]
 
 
 class Agent:
@@ -70,92 +66,230 @@ class Agent:
         *,
         device: str = "cpu",
         insecure_seed: bool = False,
+        member: EnrolledSite | None = None,
+        give_up_after: float | None = None,
     ) -> None:
-        """`connect` opens a channel with the site's certificate of the day; `state` is the site's folder."""
+        """An agent for `app`, to be `run` once.
+
+        Args:
+            app: The site's own; its policy and approvals are read again whenever their files change.
+            connect: Opens a channel with the site's certificate of the day.
+            state: The site's folder, mode 0700.
+            device: Where the model is trained, to be shown at the server.
+            insecure_seed: The site's noise comes from a known seed: a demonstration.
+            member: What renews the certificate; None where something else does.
+            give_up_after: Seconds without a connection after which `run` ends; None for never.
+        """
         self._app = app
         self._connect = connect
         self._device = device
         self._insecure_seed = insecure_seed
+        self._member = member
+        self._give_up_after = give_up_after
         self._instance = os.urandom(16)
-        self._spool = state / "spool"
-        self._spool.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in self._spool.iterdir():
-            left.unlink()
-        self._cache = ReplyCache(state / "replies")
-        self._jobs: dict[bytes, _Job] = {}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="site")
+        self._paused_file = state / "paused"
+        self._policy_error = ""
+        self._exchanges = Exchanges(app, state, barred=self._barred)
+        self._offers = Offers(
+            state / "studies",
+            approvals=app.site.approvals,
+            policy=self._policy,
+            policy_file=app.site.policy_file,
+            admit=app.site.surroundings.admit,
+        )
+        self._offered: dict[str, Study] = {}
+        """By this connection."""
+        self._said: dict[str, Offered] = {}
+        self._offers_read = 0
         self._outbox: Outbox | None = None
         self._stopping = asyncio.Event()
-        self.paused = False
-        self.connected = False
-        self.working = False
+        self._welcomed = 0.0
+        self._heard = 0.0
+        self._heartbeat = 10.0
+        self._renewed = False
+        self._why_not = "not tried yet"
+        self._server_release = ""
+        self._clock_offset = 0.0
+
+    # For those who run it
 
     async def run(self) -> None:
         """Connect, answer, and connect again, until `stop`.
 
         Raises:
-            IdentityRefused: the server says that this site is not to come back.
+            IdentityRefused: the server says that this site is not to come back, or this site's certificate
+                is not in force.
+            ProtocolError: the server is of a release that this one does not understand.
+            ConnectionFailed: no connection for as long as `give_up_after`.
         """
-        wait = FIRST_WAIT
+        looking = asyncio.create_task(self._look_after_files())
+        talking = asyncio.create_task(self._keep_connected())
+        try:
+            done, _ = await asyncio.wait([talking, looking], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                # Of `looking` too: an agent that obeys its people's files no more must not go on.
+                task.result()
+        finally:
+            for task in (talking, looking):
+                task.cancel()
+            await asyncio.gather(talking, looking, return_exceptions=True)
+            await asyncio.to_thread(self._exchanges.close)
+            log.info("ended")
+
+    def stop(self) -> None:
+        """Take nothing new, hand over what is being worked on, say goodbye, and end."""
+        if not self._stopping.is_set():
+            log.info("stopping", extra={"open": len(self._exchanges)})
+        self._stopping.set()
+
+    def pause(self) -> None:
+        """Take part in nothing new, until `resume`: also after a restart."""
+        self._paused_file.touch(mode=0o600)
+        log.info("paused")
+        self._beat()
+
+    def resume(self) -> None:
+        """Take part again."""
+        self._paused_file.unlink(missing_ok=True)
+        log.info("resumed")
+        self._beat()
+
+    @property
+    def paused(self) -> bool:
+        return self._paused_file.exists()
+
+    @property
+    def connected(self) -> bool:
+        return self._outbox is not None
+
+    @property
+    def state(self) -> str:
+        """idle, working or paused."""
+        return "paused" if self.paused else "working" if self._exchanges.working else "idle"
+
+    def status(self) -> dict[str, object]:
+        """What there is to tell the site's own people."""
+        return {
+            "site": self._app.site.name,
+            "release": __version__,
+            "pid": os.getpid(),
+            "connected": self.connected,
+            "not_connected_because": "" if self.connected else self._why_not,
+            "server_release": self._server_release,
+            "clock_offset_s": round(self._clock_offset, 1),
+            "state": self.state,
+            "barred": self._barred(),
+            "device": self._device,
+            "open": len(self._exchanges),
+            "answered": self._exchanges.answered,
+            "refused": self._exchanges.refused,
+            "studies": [
+                {
+                    "study": said.study.id,
+                    "name": said.study.study.name,
+                    "state": said.state,
+                    "reason": said.reason,
+                }
+                for said in self._said.values()
+            ],
+        }
+
+    def _barred(self) -> str:
+        if self._stopping.is_set():
+            return "the site's agent is stopping"
+        return self._policy_error or ("the site is paused" if self.paused else "")
+
+    # Connections
+
+    async def _keep_connected(self) -> None:
+        wait, last = FIRST_WAIT, time.monotonic()
         while not self._stopping.is_set():
+            self._welcomed, self._renewed = 0.0, False
+            why = "the connection ended"
             try:
                 await self._session()
-                wait = FIRST_WAIT
+            except IdentityRefused:
+                raise
             except ConnectionFailed as error:
-                if isinstance(error, IdentityRefused):
-                    raise
-                log.warning("not connected: %s", error)
-            if self._stopping.is_set():
-                break
+                why = error.message
+            now = time.monotonic()
+            if self._welcomed:
+                last = now
+            if self._renewed:
+                continue
+            if why != self._why_not and not self._stopping.is_set():
+                # Once: what has not changed is no news.
+                log.warning("not connected", extra={"reason": why})
+            self._why_not = why
+            if self._give_up_after is not None and now - last >= self._give_up_after:
+                raise ConnectionFailed(f"no connection for {now - last:.0f} s: {why}")
+            if self._welcomed and now - self._welcomed >= LASTED_S:
+                wait = FIRST_WAIT
             pause = wait * (0.5 + secrets.randbelow(1000) / 2000)
+            if self._give_up_after is not None:
+                pause = min(pause, max(0.0, last + self._give_up_after - now))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
             wait = min(2 * wait, LONGEST_WAIT)
-        self._worker.shutdown(wait=True)
-
-    def stop(self) -> None:
-        """End after what is being worked on."""
-        self._stopping.set()
-        if self._outbox is not None:
-            self._outbox.put(pb.FromAgent(goodbye=pb.Goodbye(code=pb.Goodbye.LEAVING)))
 
     async def _session(self) -> None:
         """One connection, from hello to its end."""
         wake = asyncio.Event()
         outbox = Outbox(wake.set)
-        hello = pb.Hello(
-            protocol=PROTOCOL,
-            release=__version__,
-            site=self._app.site.name,
-            instance=self._instance,
-            insecure_seed=self._insecure_seed,
-            device=self._device,
-        )
-        outbox.put(pb.FromAgent(hello=hello))
+        outbox.put(pb.FromAgent(hello=self._hello()))
+        self._offered, self._said, self._offers_read = {}, {}, 0
         async with self._connect() as channel:
             stream = connect_method(channel)()
             self._heard, self._heartbeat = time.monotonic(), 10.0
+            receiving = asyncio.create_task(self._receive(stream, outbox))
+            sending = asyncio.create_task(self._send(stream, outbox, wake))
             tasks = [
-                asyncio.create_task(self._send(stream, outbox, wake)),
-                asyncio.create_task(self._receive(stream, outbox)),
+                receiving,
+                sending,
                 asyncio.create_task(self._watch()),
+                asyncio.create_task(self._say_goodbye(outbox)),
+                asyncio.create_task(self._renew(channel)),
             ]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                if sending in done:
+                    # Ours was the last word, and is to arrive; or it could not be sent: theirs says why.
+                    await asyncio.wait([receiving], timeout=_GOODBYE_S)
+                for task in tasks:
+                    if task.done():
+                        task.result()
             except grpc.aio.AioRpcError as error:
-                raise ConnectionFailed(f"{error.code().name.lower()}: {error.details()}") from None
+                raise ConnectionFailed(explain(error)) from None
+            except OSError as error:
+                raise ConnectionFailed(f"a reply cannot be read: {error.strerror}") from None
+            except LeptonError:
+                raise
+            except Exception:
+                # Whatever a server sends, it does not end the agent.
+                log.exception("internal error in the connection")
+                raise ConnectionFailed("internal error in the connection") from None
             finally:
-                self._outbox, self.connected = None, False
+                self._outbox = None
+                self._exchanges.disconnected()
                 stream.cancel()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                # What was being sent is closed now, not when somebody collects it.
+                outbox.clear()
 
-    async def _send(
-        self, stream: grpc.aio.StreamStreamCall[pb.FromAgent, pb.ToAgent], outbox: Outbox, wake: asyncio.Event
-    ) -> None:
+    def _hello(self) -> pb.Hello:
+        return pb.Hello(
+            protocol=PROTOCOL,
+            release=__version__,
+            site=self._app.site.name,
+            instance=self._instance,
+            roster_version=0 if self._member is None else self._member.roster_version,
+            insecure_seed=self._insecure_seed,
+            device=self._device,
+        )
+
+    async def _send(self, stream: Stream, outbox: Outbox, wake: asyncio.Event) -> None:
         number = 0
         while True:
             message = outbox.next()
@@ -177,182 +311,185 @@ class Agent:
                 await stream.done_writing()
                 return
 
-    async def _receive(
-        self, stream: grpc.aio.StreamStreamCall[pb.FromAgent, pb.ToAgent], outbox: Outbox
-    ) -> None:
+    async def _receive(self, stream: Stream, outbox: Outbox) -> None:
         async for message in stream:
             self._heard = time.monotonic()
             self._take(message, outbox)
-        if not self._stopping.is_set():
-            raise ConnectionFailed("the server ended the connection")
+            if len(outbox) > _MAX_WAITING:
+                raise ConnectionFailed("the server does not read what it asks for")
+        raise ConnectionFailed("the server ended the connection")
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(min(1.0, self._heartbeat))
             if time.monotonic() - self._heard > MISSED * self._heartbeat:
                 raise ConnectionFailed("the server is silent")
 
-    @property
-    def state(self) -> str:
-        """idle, working or paused."""
-        return "paused" if self.paused else "working" if self.working else "idle"
+    async def _say_goodbye(self, outbox: Outbox) -> None:
+        """Once we are to stop: when the server has what it asked for, or does not come for it."""
+        await self._stopping.wait()
+        if not self.connected:
+            return
+        until = time.monotonic() + _STOP_S
+        while len(self._exchanges) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        outbox.put(pb.FromAgent(goodbye=pb.Goodbye(code=pb.Goodbye.LEAVING)))
+        await asyncio.Event().wait()
+
+    async def _renew(self, channel: grpc.aio.Channel) -> None:
+        """Renew the certificate when it is time; then end the connection at an idle moment."""
+        while self._member is not None and not self._renewed:
+            if self.connected and self._member.renewal_due():
+                try:
+                    await self._member.renew(channel)
+                    self._renewed = True
+                    break
+                except IdentityRefused:
+                    raise
+                except LeptonError as error:
+                    log.warning("certificate not renewed", extra={"reason": error.message})
+            await asyncio.sleep(_RENEWAL_S if self.connected else 0.2)
+        while self._member is None or len(self._exchanges):
+            await asyncio.sleep(0.2 if self._member is not None else _RENEWAL_S)
+        log.info("certificate renewed")
+
+    # What the server says
 
     def _take(self, message: pb.ToAgent, outbox: Outbox) -> None:
-        match message.WhichOneof("kind"):
-            case "welcome":
-                self._welcome(message.welcome, outbox)
+        kind = message.WhichOneof("kind")
+        if kind == "goodbye":
+            obey(message.goodbye)
+        elif kind == "welcome":
+            self._welcome(message.welcome, outbox)
+        elif not self.connected:
+            raise ConnectionFailed("the server's first word is not welcome")
+        match kind:
             case "assign":
-                self._assign(message.assign, outbox)
+                self._exchanges.assign(message.assign)
             case "chunk":
-                self._chunk(message.chunk, outbox)
+                self._exchanges.chunk(message.chunk)
             case "proceed":
-                self._proceed(message.proceed, outbox)
+                self._exchanges.proceed(message.proceed)
             case "ack":
-                self._forget(message.ack.exchange, outbox)
+                self._exchanges.forget(message.ack.exchange)
             case "cancel":
-                self._forget(message.cancel.exchange, outbox)
-            case "goodbye":
-                said = message.goodbye
-                if said.code in (pb.Goodbye.REFUSED, pb.Goodbye.REPLACED):
-                    raise IdentityRefused(f"the server refuses this site: {said.reason[:300]}")
-                raise ConnectionFailed(f"the server says goodbye: {said.reason[:300]}")
+                self._exchanges.forget(message.cancel.exchange)
+            case "offer":
+                self._offer(message.offer, outbox)
+            case "roster":
+                self._roster(message.roster)
             case _:
-                pass
+                pass  # A heartbeat, or what a later release may say.
 
     def _welcome(self, welcome: pb.Welcome, outbox: Outbox) -> None:
-        self._heartbeat = min(max(welcome.heartbeat_s, 0.1), 300.0)
-        self._outbox, self.connected = outbox, True
-        still = set(welcome.open)
-        for exchange in [name for name in self._jobs if name not in still]:
-            self._forget(exchange, outbox)
-        log.info("connected: server release %s", welcome.release)
+        if self.connected:
+            raise ConnectionFailed("the server says welcome twice")
+        check_release(welcome.release)
+        self._clock_offset = check_clock(welcome.time)
+        # In this order: what is no number is the shortest, and a timer of no length would stop all others.
+        self._heartbeat = min(max(0.1, welcome.heartbeat_s), 300.0)
+        self._outbox, self._welcomed = outbox, time.monotonic()
+        self._server_release, self._why_not = welcome.release, ""
+        self._exchanges.connected(outbox, set(welcome.open))
+        # The sender may be waiting by the heartbeat of before.
+        self._beat()
+        log.info("connected", extra={"server_release": welcome.release, "party": welcome.party})
 
-    def _assign(self, request: pb.Assign, outbox: Outbox) -> None:
-        job = self._jobs.get(request.exchange)
-        if job is not None:
-            if job.reply is not None:
-                self._announce(job, outbox)
-            elif job.incoming is not None:
-                self._accept(job, outbox)
-            return
-        _check(request)
-        job = self._jobs[request.exchange] = _Job(request=request)
-        if self.paused:
-            job.reply = Reply(error_code=SITS_OUT, error_reason="the site is paused")
-            self._announce(job, outbox)
-            return
-        cached = self._cache.get(request.run, job.key)
-        if cached is not None:
-            job.reply = Reply(payload=cached)
-            self._announce(job, outbox)
-        elif request.inline:
-            job.payload = Payload.of(request.inline)
-            if job.payload.sha256 != request.sha256:
-                raise ConnectionFailed("a request does not have the digest it was announced with")
-            self._start(job)
-        else:
-            path = self._spool / f"{request.exchange.hex()}.in"
-            job.incoming = Incoming(path, size=request.size, sha256=request.sha256)
-            self._accept(job, outbox)
+    def _roster(self, roster: pb.Roster) -> None:
+        if self._member is not None:
+            try:
+                self._member.take_roster(roster.signed)
+            except (LeptonError, OSError) as error:
+                log.warning("roster not taken", extra={"reason": str(error)})
 
-    def _accept(self, job: _Job, outbox: Outbox) -> None:
-        offset = 0 if job.incoming is None else job.incoming.received
-        outbox.put(pb.FromAgent(accept=pb.Accept(exchange=job.request.exchange, offset=offset)))
+    def _beat(self) -> None:
+        """Say at once what our state is now."""
+        if self._outbox is not None:
+            self._outbox.put(pb.FromAgent(heartbeat=pb.Heartbeat(state=self.state)))
 
-    def _chunk(self, chunk: pb.Chunk, outbox: Outbox) -> None:
-        job = self._jobs.get(chunk.exchange)
-        if job is None or job.incoming is None:
+    # Studies, and the site's own files
+
+    def _offer(self, offer: pb.Offer, outbox: Outbox) -> None:
+        self._offers_read += 1
+        if self._offers_read > _OFFERS_READ:
+            raise ConnectionFailed("the server offers studies without end")
+        if offer.study_id in self._offered:
             return
         try:
-            if not job.incoming.take(chunk):
-                return
-        except ProtocolError as error:
-            raise ConnectionFailed(error.message) from None
-        job.payload = job.incoming.finish()
-        if job.payload is None:
-            self._accept(job, outbox)
-            return
-        job.incoming = None
-        self._start(job)
-
-    def _start(self, job: _Job) -> None:
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._worker, self._work, job)
-        future.add_done_callback(lambda done: self._worked(job, done))
-
-    def _work(self, job: _Job) -> Reply:
-        """In the worker's thread: the site's own app answers."""
-        request, payload = job.request, job.payload
-        if job.cancelled or payload is None:
-            return Reply(error_code=SITS_OUT, error_reason="cancelled")
-        self.working = True
-        try:
-            message = incoming(
-                unpack(payload.open()), kind=request.type, run=request.run, message_id=request.exchange.hex()
-            )
-            context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
-            reply: Message = self._app(message, context)
-            if reply.has_error():
-                return Reply(error_code=reply.error.code, error_reason=reply.error.reason or "")
-            made = pack(reply.content, self._cache.path(request.run, job.key))
-            return Reply(payload=self._cache.put(request.run, job.key, made))
-        finally:
-            self.working = False
-
-    def _worked(self, job: _Job, done: asyncio.Future[Reply]) -> None:
-        try:
-            job.reply = done.result()
+            study = self._offers.take(offer.canonical, offer.study_id, current=self._offered)
         except LeptonError as error:
-            log.warning("exchange %s: %s", job.request.exchange.hex(), error)
-            job.reply = Reply(error_code=SITS_OUT, error_reason=error.public)
-        except Exception:
-            # Its text may quote a record: it stays in the site's own log.
-            log.exception("exchange %s: internal error", job.request.exchange.hex())
-            job.reply = Reply(error_code=SITS_OUT, error_reason="internal error at the site")
-        self._clear(job)
-        if self._outbox is not None and self._jobs.get(job.request.exchange) is job:
-            self._announce(job, self._outbox)
-
-    def _announce(self, job: _Job, outbox: Outbox) -> None:
-        reply, exchange = job.reply, job.request.exchange
-        if reply is None:
+            log.warning("offer refused", extra={"reason": error.message})
+            answer = pb.Answer(
+                study_id=offer.study_id[:64], state=pb.Answer.REFUSED, reason=printable(error.public)
+            )
+            outbox.put(pb.FromAgent(answer=answer))
             return
-        if reply.payload is None:
-            result = pb.Result(
-                exchange=exchange, error_code=reply.error_code, error_reason=reply.error_reason
-            )
-        else:
-            payload = reply.payload
-            result = pb.Result(
-                exchange=exchange, size=payload.size, sha256=payload.sha256, inline=payload.inline
-            )
-        outbox.put(pb.FromAgent(result=result))
+        except OSError as error:
+            log.exception("offer not kept", extra={"reason": error.strerror})
+            return
+        self._offered[study.id] = study
+        self._say(study, outbox)
 
-    def _proceed(self, said: pb.Proceed, outbox: Outbox) -> None:
-        job = self._jobs.get(said.exchange)
-        if job is not None and job.reply is not None and job.reply.payload is not None:
-            outbox.transfer(said.exchange, job.reply.payload, said.offset)
+    def _say(self, study: Study, outbox: Outbox) -> None:
+        """Tell the server what this site says to a study, unless it has been told."""
+        said, before = self._offers.judge(study), self._said.get(study.id)
+        self._said[study.id] = said
+        if said == before:
+            return
+        # A person's own words may be no text that can be sent.
+        answer = pb.Answer(study_id=study.id, state=_STATES[said.state], reason=printable(said.public))
+        outbox.put(pb.FromAgent(answer=answer))
+        log.info(
+            "study %s",
+            said.state,
+            extra={"study": study.id, "study_name": study.study.name, "reason": said.reason},
+        )
+        if said.state == "approved":
+            self._exchanges.prepare(study)
 
-    def _forget(self, exchange: bytes, outbox: Outbox) -> None:
-        outbox.drop(exchange)
-        job = self._jobs.pop(exchange, None)
-        if job is not None:
-            job.cancelled = True
-            if job.incoming is not None:
-                job.incoming.discard()
+    def _policy(self) -> Policy:
+        if self._policy_error:
+            raise ConfigError("policy.toml cannot be read", public=self._policy_error)
+        return self._app.site.policy
 
-    def _clear(self, job: _Job) -> None:
-        if job.payload is not None and job.payload.path is not None:
-            job.payload.path.unlink(missing_ok=True)
-        job.payload = None
+    async def _look_after_files(self) -> None:
+        """Obey what the site's people write, within seconds and without a restart."""
+        policy_file, approvals = Path(self._app.site.policy_file), self._app.site.approvals.path
+        # The policy may have changed, or gone, since the site was opened.
+        policy_seen: tuple[int, int, int] | None = None
+        approvals_seen = _signature(approvals)
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            changed = False
+            if (found := _signature(policy_file)) != policy_seen:
+                policy_seen, changed = found, True
+                self._read_policy(policy_file)
+            if (found := _signature(approvals)) != approvals_seen:
+                approvals_seen, changed = found, True
+            if changed and self._outbox is not None:
+                for study in self._offered.values():
+                    self._say(study, self._outbox)
+
+    def _read_policy(self, file: Path) -> None:
+        try:
+            policy = load_policy(file)
+        except ConfigError as error:
+            # No policy: no work.
+            self._policy_error = "the site's policy cannot be read"
+            log.exception("policy cannot be read: nothing is answered", extra={"reason": error.message})
+            return
+        if policy == self._app.site.policy and not self._policy_error:
+            return
+        self._policy_error = ""
+        self._app = client_app(replace(self._app.site, policy=policy))
+        self._exchanges.app = self._app
+        log.info("policy read again", extra={"file": str(file)})
 
 
-def _check(request: pb.Assign) -> None:
-    """Refuse what no honest server asks. Its run becomes the name of a folder here.
-
-    Raises:
-        ConnectionFailed: then the connection ends, as with any server that breaks the protocol.
-    """
-    whole = len(request.exchange) == 16 and len(request.sha256) == 32
-    if not whole or RUN_ID.fullmatch(request.run) is None or request.size > MAX_REQUEST:
-        raise ConnectionFailed("a request is malformed")
+def _signature(file: Path) -> tuple[int, int, int]:
+    """Another after the file has been written or replaced."""
+    try:
+        found = file.stat()
+    except OSError:
+        return _NO_FILE
+    return (found.st_mtime_ns, found.st_size, found.st_ino)

@@ -81,6 +81,18 @@ def test_what_does_not_go_together_is_refused(source_of, data, said):
     assert "hunter2" not in str(refused.value)
 
 
+def test_keys_lie_beside_site_toml_unless_told_otherwise():
+    """And the server's address is what it said when the site joined."""
+    plain = {"site": {"id": "bank"}, "data": {"source": "a.csv"}}
+    told = {**plain, "server": {"address": "fl.bank.example:9700", "pki": "/etc/lepton-fl/pki"}}
+
+    config, other = (parse(SiteConfig, raw, file="site.toml").server for raw in (plain, told))
+    assert (config.address, config.pki) == (None, "pki")
+    assert (other.address, other.pki) == ("fl.bank.example:9700", "/etc/lepton-fl/pki")
+    with pytest.raises(ConfigError, match=r"server\.address"):
+        parse(SiteConfig, {**plain, "server": {"address": "fl.bank.example"}}, file="site.toml")
+
+
 def test_large_tables_lie_beside_the_ledger_unless_told_otherwise(tmp_path):
     """Where the institution keeps what never leaves."""
     plain = {"site": {"id": "bank"}, "data": {"source": "a.csv"}}

@@ -1,17 +1,12 @@
 """An agent opens with its policy, its ledger and its table, or not at all."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-from flwr.clientapp import ClientApp
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.messages import JOIN
-from lepton_fl.site import Deployed, open_site
+from lepton_fl.site import Deployed, client_app, open_site
 
-CLIENT = Path(__file__).parents[3] / "client" / "app.py"
 POLICY = """\
 [data]
 id = "clinic-records"
@@ -41,14 +36,6 @@ def opened(home):
     site = open_site(home / "site.toml")
     yield site
     site.ledger.close()
-
-
-def load_client():
-    """Import client/app.py anew, as a SuperNode would."""
-    spec = importlib.util.spec_from_file_location("client_app_under_test", CLIENT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_site_opens_as_deployed(opened):
@@ -100,31 +87,11 @@ def test_a_deployed_site_trains_on_its_own_table(opened, ask, charged):
     assert charged(opened) == [1]
 
 
-def test_there_is_no_client_app_without_its_site(monkeypatch):
-    """LEPTON_FL_SITE is the institution's to set; no message can."""
-    monkeypatch.delenv("LEPTON_FL_SITE", raising=False)
-
-    with pytest.raises(ConfigError, match="LEPTON_FL_SITE is not set"):
-        load_client().app()
-
-
-def test_there_is_no_client_app_without_a_policy(monkeypatch, home):
-    """So the agent answers nothing."""
-    (home / "policy.toml").unlink()
-    monkeypatch.setenv("LEPTON_FL_SITE", str(home / "site.toml"))
-
-    with pytest.raises(ConfigError, match=r"policy\.toml"):
-        load_client().app()
-
-
-def test_client_app_refuses_secure_aggregation(monkeypatch, home, make_study, ask):
+def test_the_app_of_a_deployed_site_refuses_secure_aggregation(opened, make_study, ask):
     """This release's agents have none."""
-    monkeypatch.setenv("LEPTON_FL_SITE", str(home / "site.toml"))
-    app = load_client().app()
+    app = client_app(opened)
     study = make_study(secure_aggregation={"enabled": True})
 
     reply = ask(app, JOIN, study=study, cohort=())
 
-    app.site.ledger.close()
-    assert isinstance(app, ClientApp)
     assert reply.error.reason == "secure aggregation is not available at the site"

@@ -1,0 +1,56 @@
+"""`lepton-fl study` with a site's site.toml: studies as the server offered them."""
+
+import json
+
+import pytest
+
+from lepton_fl.fleet.agent.offers import offers_of
+from lepton_fl.study import load_study
+
+
+@pytest.fixture
+def offered(lepton, short_study, tmp_path):
+    """A site to which the heart study was offered; gives its site.toml and the study."""
+    lepton("init", "clinic", "--template", "site")
+    site = tmp_path / "clinic" / "site.toml"
+    study = load_study(short_study)
+    offers_of(site).take(study.canonical, study.id, current=[study.id])
+    return site, study
+
+
+def test_what_was_offered_is_listed_and_shown(lepton, offered):
+    site, study = offered
+    listed = lepton("study", "list", "-c", site, "--json")
+    shown = lepton("study", "show", study.study.name, "-c", site)
+
+    assert [(s["id"], s["state"]) for s in json.loads(listed.out)] == [(study.id, "waiting")]
+    assert "which the server sees for each site" in shown.out
+    assert "this site: waiting" in shown.out
+
+
+def test_a_study_is_approved_by_name_and_refused_by_its_id(lepton, offered):
+    site, study = offered
+    approved = lepton("study", "approve", study.study.name, "-c", site, "--yes")
+    states = [offers_of(site).judge(study).state]
+    refused = lepton("study", "refuse", study.id[:8], "-c", site, "--reason", "not yet")
+    found = offers_of(site).judge(study)
+
+    assert (approved.code, refused.code) == (0, 0)
+    assert [*states, found.state] == ["approved", "refused"]
+    assert "not yet" in found.public
+
+
+def test_what_was_not_offered_is_not_approved(lepton, offered):
+    site, _ = offered
+
+    done = lepton("study", "approve", "another", "-c", site, "--yes")
+
+    assert done.code == 3
+    assert "not among those offered" in done.last
+
+
+def test_nobody_approves_without_a_yes(lepton, offered):
+    site, study = offered
+
+    assert lepton("study", "approve", study.study.name, "-c", site).code in (4, 130)
+    assert offers_of(site).judge(study).state == "waiting"
