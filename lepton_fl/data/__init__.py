@@ -2,7 +2,7 @@
 
 from lepton_fl.data.cells import Batch
 from lepton_fl.data.contract import Contract
-from lepton_fl.data.datasets import DATASETS, Dataset, dataset, load_dataset
+from lepton_fl.data.datasets import DATASETS, Dataset, dataset, dealt, load_dataset
 from lepton_fl.data.findings import ColumnCheck
 from lepton_fl.data.growing import Room
 from lepton_fl.data.read import batches, read_csv
@@ -22,6 +22,7 @@ __all__ = [
     "batches",
     "check_table",
     "dataset",
+    "dealt",
     "file_source",
     "load_dataset",
     "load_table",

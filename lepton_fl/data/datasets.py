@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
+
 from lepton_fl.data.contract import Contract
 from lepton_fl.data.read import batches
 from lepton_fl.data.table import Table, load_table
@@ -218,6 +220,28 @@ def load_dataset(name: str, contract: Contract) -> dict[str, Table]:
 
 Site = tuple[str, Sequence[str], Iterable[Sequence[str]]]
 """Its name, the header and the rows."""
+
+
+def dealt(name: str, sites: int | None, prefix: str = "site") -> Iterator[Site]:
+    """A data set as the tables of institutions: as it comes, or its rows dealt anew, the same each time.
+
+    Then the institutions are called by `prefix` and a number.
+
+    Raises:
+        ConfigError: no such data set, one that has not been fetched, or more sites than rows.
+        VerificationFailed: the cached file is not what was published.
+    """
+    tables = _READERS[dataset(name).name]()
+    if sites is None:
+        yield from tables
+        return
+    whole = [(header, list(rows)) for _, header, rows in tables]
+    header, rows = whole[0][0], [row for _, part in whole for row in part]
+    if len(rows) < sites:
+        raise ConfigError.at("command line", "--sites", found=sites, allowed=f"at most {len(rows)}")
+    order = np.random.default_rng(0).permutation(len(rows))
+    for number, part in enumerate(np.array_split(order, sites), start=1):
+        yield f"{prefix}-{number:0{len(str(sites))}d}", header, [rows[row] for row in part]
 
 
 def _heart() -> Iterator[Site]:

@@ -20,9 +20,7 @@ BANNED_NAMES = {
 }
 BUILTINS = {"eval", "exec"}
 
-SOURCES = sorted(
-    path for folder in ("lepton_fl", "server", "client") for path in (ROOT / folder).rglob("*.py")
-)
+SOURCES = sorted((ROOT / "lepton_fl").rglob("*.py"))
 
 
 def banned_in(source: str) -> list[str]:

@@ -133,7 +133,7 @@ def test_the_in_process_grid_takes_no_deployed_site(tmp_path):
     ledger.close()
 
 
-@pytest.mark.parametrize("folder", ["lepton_fl/site", "lepton_fl/federation", "client", "server"])
+@pytest.mark.parametrize("folder", ["lepton_fl/site", "lepton_fl/federation", "lepton_fl/fleet"])
 def test_what_is_deployed_never_imports_the_simulation(folder):
     """Not even inside a function."""
     found = {

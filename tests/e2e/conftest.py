@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+import typer
+from click.testing import CliRunner
 
 from lepton_fl.cli import app
+
+# Made once: typer's own runner makes all commands anew for each.
+_COMMAND = typer.main.get_command(app)
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ def lepton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lepton:
     """Run `lepton-fl ARGS` in an empty folder; in this process, so that torch is imported once."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*args: str | Path) -> Ended:
-        done = CliRunner().invoke(app, [str(arg) for arg in args])
+    def run(*args: str | Path, typed: str | None = None) -> Ended:
+        done = CliRunner().invoke(_COMMAND, [str(arg) for arg in args], input=typed)
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
         return Ended(done.exit_code, done.stdout, done.stderr)

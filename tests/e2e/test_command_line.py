@@ -648,3 +648,22 @@ def test_a_run_leaves_no_log_handler_behind(lepton, short_study):
     simulate(lepton, short_study, "--compare", "federated")
 
     assert logging.getLogger("lepton_fl").handlers == before
+
+
+def test_written_tables_are_the_data_set(lepton, short_study):
+    """`data write`, then `simulate --data`: the model that `simulate --dataset` gives."""
+    lepton("data", "write", "heart", "tables")
+    of_files = lepton("simulate", short_study, "--data", "tables", "--compare", "federated", "--json")
+    of_the_set = lepton("simulate", short_study, "--dataset", "heart", "--compare", "federated", "--json")
+
+    models = [json.loads(ended.out)["model"]["sha256"] for ended in (of_files, of_the_set)]
+    assert models[0] == models[1]
+
+
+def test_written_tables_are_never_overwritten(lepton):
+    """A file of that name may be somebody's own."""
+    lepton("data", "write", "cancer", "tables", "--sites", "2")
+    ended = lepton("data", "write", "cancer", "tables", "--sites", "2")
+
+    assert ended.code == 3
+    assert "site-1.csv: exists" in ended.last

@@ -1,26 +1,27 @@
 """What runs is Flower's own: its ServerApp, its ClientApps, its messages, and none of its calls home."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.client_app import LoadClientAppError
-from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import load_file
 
+from lepton_fl.data import Contract
+from lepton_fl.federation import Federation, server_app
 from lepton_fl.federation.grids import WrappingGrid
 from lepton_fl.messages import identify
 from lepton_fl.simulation import InProcessGrid
+from lepton_fl.site import client_app, open_site
+from lepton_fl.study import load_study
+from lepton_fl.tasks import arrays_of, build_model
 
-ROOT = Path(__file__).parents[2]
 STUDY = """\
 [study]
 name = "wards"
@@ -69,17 +70,9 @@ print("flwr" in sys.modules)
 """
 
 
-def load_app(folder):
-    """The `app` of a deployment folder, loaded anew."""
-    spec = importlib.util.spec_from_file_location(f"{folder}_app", ROOT / folder / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.app
-
-
 @pytest.fixture
-def client_apps(tmp_path, monkeypatch):
-    """The app of client/app.py three times, each at its own institution."""
+def client_apps(tmp_path):
+    """An agent's app three times, each at its own institution."""
     identify("0" * 32, 1)
     apps = {}
     for node, name in enumerate(("clinic", "practice", "ward"), start=101):
@@ -90,8 +83,7 @@ def client_apps(tmp_path, monkeypatch):
         values = np.random.default_rng(node).uniform(-1, 1, 120)
         rows = "".join(f"{value:.6f},{int(value > 0)}\n" for value in values)
         (home / "records.csv").write_text("x,ill\n" + rows)
-        monkeypatch.setenv("LEPTON_FL_SITE", str(home / "site.toml"))
-        apps[node] = load_app("client")()
+        apps[node] = client_app(open_site(home / "site.toml"))
     yield apps
     for app in apps.values():
         app.site.ledger.close()
@@ -121,46 +113,34 @@ class Wire(WrappingGrid):
             yield message_from_proto(message_to_proto(reply))
 
 
-def test_server_and_client_are_flowers_apps(client_apps, grid):
+@pytest.fixture
+def served(tmp_path):
+    """The server's app, and where its checkpoint goes."""
+    (tmp_path / "study.toml").write_text(STUDY)
+    study, checkpoint = load_study(tmp_path / "study.toml"), tmp_path / "checkpoint.safetensors"
+    model = arrays_of(build_model(study, Contract.of(study).width, torch.Generator()))
+    return server_app(Federation(study=study, model=model, checkpoint=checkpoint)), checkpoint
+
+
+def test_server_and_client_are_flowers_apps(client_apps, grid, served):
     """Not something that looks like them."""
-    assert isinstance(load_app("server"), ServerApp)
+    assert isinstance(served[0], ServerApp)
     assert all(isinstance(app, ClientApp) for app in client_apps.values())
     assert isinstance(grid, Grid)
 
 
-def test_the_deployment_folders_train_a_model(client_apps, grid, tmp_path):
-    """server/app.py over three of client/app.py, every reply through Flower's own serialisation."""
-    (tmp_path / "study.toml").write_text(STUDY)
-    config = {"study": str(tmp_path / "study.toml"), "out": str(tmp_path / "run")}
-    context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+def test_the_apps_train_a_model(client_apps, grid, served):
+    """One server's over three of sites, every reply through Flower's own serialisation."""
+    app, checkpoint = served
+    context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config={})
 
-    load_app("server")(Wire(grid), context)
+    app(Wire(grid), context)
 
-    checkpoint = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    arrays = load_file(checkpoint)
     rounds = [len(app.site.ledger.history("records")) for app in client_apps.values()]
-    assert all(np.isfinite(array).all() for array in checkpoint.values())
-    assert any(np.abs(array).max() > 0 for name, array in checkpoint.items() if name.startswith("model/"))
+    assert all(np.isfinite(array).all() for array in arrays.values())
+    assert any(np.abs(array).max() > 0 for name, array in arrays.items() if name.startswith("model/"))
     assert rounds == [2, 2, 2]
-
-
-def test_the_server_stops_on_the_public_table_of_its_run_config(client_apps, grid, tmp_path):
-    """After two rounds of five: a metric of at most 1 cannot rise by 0.9 twice."""
-    rule = '[train.early_stopping]\nsignal = "public"\npatience = 1\ntolerance = 0.9\n'
-    (tmp_path / "study.toml").write_text(STUDY.replace("rounds = 2", "rounds = 5") + rule)
-    (tmp_path / "public.csv").write_text("x,ill\n-0.5,0\n-0.25,0\n0.25,1\n0.5,1\n")
-    files = {"study": "study.toml", "out": "run", "public": "public.csv"}
-    config = {key: str(tmp_path / name) for key, name in files.items()}
-    context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config=config)
-
-    load_app("server")(grid, context)
-
-    assert [len(app.site.ledger.history("records")) for app in client_apps.values()] == [2, 2, 2]
-
-
-def test_stock_flower_cannot_load_a_deployed_agent():
-    """Its server ships the app: what it can load must have no institution's table within reach."""
-    with pytest.raises(LoadClientAppError, match="Unable to find attribute app"):
-        get_load_client_app_fn(default_app_ref="client.app:app", app_path=str(ROOT), multi_app=False)
 
 
 def test_an_app_of_ours_answers_a_message_of_flowers(client_apps):
@@ -173,7 +153,7 @@ def test_an_app_of_ours_answers_a_message_of_flowers(client_apps):
     assert reply.has_error()
 
 
-@pytest.mark.parametrize("module", ["lepton_fl.messages", "lepton_fl.federation", "lepton_fl.site"])
+@pytest.mark.parametrize("module", ["lepton_fl.messages", "lepton_fl.federation", "lepton_fl.site.app"])
 def test_flower_is_told_not_to_call_out_before_it_is_imported(module):
     """It reads its settings at import."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}

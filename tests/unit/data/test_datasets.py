@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lepton_fl.data import DATASETS, check_table, dataset, load_dataset, read_csv
+from lepton_fl.data import DATASETS, check_table, dataset, dealt, load_dataset, read_csv
 from lepton_fl.data.datasets import _credit
 from lepton_fl.errors import ConfigError, VerificationFailed
 
@@ -198,3 +198,35 @@ def test_cut_banks_are_called_artificial():
         if known.wheel is not None:
             assert not known.natural_sites
             assert "artificial" in known.title
+
+
+def test_dealt_rows_are_all_of_them_once():
+    """Whatever the number of sites; the same sites each time."""
+    header, *rows = csv.reader(HEART.read_text(encoding="utf-8").splitlines())
+
+    first, again = list(dealt("heart", 7)), list(dealt("heart", 7))
+
+    assert [site for site, _, _ in first] == [f"site-{n}" for n in range(1, 8)]
+    assert all(list(names) == header for _, names, _ in first)
+    assert sorted(row for _, _, part in first for row in part) == sorted(rows)
+    assert {len(part) for _, _, part in first} == {131, 132}
+    assert first == again
+
+
+def test_dealt_as_they_come_are_the_hospitals():
+    """Not one row is moved."""
+    dealt_rows = {site: list(rows) for site, _, rows in dealt("heart", None)}
+
+    assert {site: len(rows) for site, rows in dealt_rows.items()} == {
+        "cleveland": 303,
+        "hungary": 294,
+        "switzerland": 123,
+        "long-beach": 200,
+    }
+    assert all(row[0] == site for site, rows in dealt_rows.items() for row in rows)
+
+
+def test_no_more_sites_than_rows():
+    """A site without a row is none."""
+    with pytest.raises(ConfigError, match="at most 569"):
+        list(dealt("cancer", 570))
