@@ -1,0 +1,158 @@
+"""Fixed point: real updates as integers mod 2^32 whose sum is the sum of what they stand for.
+
+L = coordinates of an update.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_fl.errors import BadReply, VerificationFailed
+from lepton_fl.secagg.masks import Words, keystream
+
+LIMBS = 4
+_LIMB_BITS = 16
+MAX_PARTIES = 1 << 16
+"""Largest cohort whose limbs add up below 2^32."""
+
+_TILE = 1 << 15
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantiser:
+    """How the updates of a cohort become integers. Every field changes what a sum means.
+
+    Guarantee (headroom): a site's integer is at most `half` = 2^(bits - 1) - 1 either way, so the sum over
+    `max_n` sites is below 2^30 and never wraps; among all 2^32 words at most half can be such a sum, so
+    that `d` uniform words, a sum that was not unmasked, pass `decode` with a probability of at most 2^-d.
+
+    Raises:
+        ValueError: there is no such headroom: bits > 31 - ceil(log2(max_n)); or a field is out of range.
+    """
+
+    clip: float
+    """A coordinate beyond it, either way, is cut to it."""
+    bits: int
+    """Of one site's integer, its sign included."""
+    max_n: int
+    """Most sites in a sum."""
+    max_weight: int = 1
+    """A site of this weight uses all of the bits; one of a sixteenth of it has four fewer."""
+
+    def __post_init__(self) -> None:
+        if not _SMALLEST <= self.clip <= _LARGEST:
+            raise ValueError(f"clip = {self.clip}: {_SMALLEST:.3g} to {_LARGEST:.3g}, as float32 can hold")
+        if not 1 <= self.max_n <= MAX_PARTIES:
+            raise ValueError(f"max_n = {self.max_n}: 1 to {MAX_PARTIES}")
+        if not 1 <= self.max_weight < 1 << LIMBS * _LIMB_BITS:
+            raise ValueError(f"max_weight = {self.max_weight}: 1 to 2^64 - 1")
+        most = 31 - (self.max_n - 1).bit_length()
+        if not 2 <= self.bits <= most:
+            raise ValueError(f"bits = {self.bits} for sums over {self.max_n} sites: 2 to {most}")
+
+    @property
+    def half(self) -> int:
+        """Largest integer of one site."""
+        return (1 << (self.bits - 1)) - 1
+
+    def clip_ratio(self, vector_L: NDArray[np.float32]) -> float:
+        """Share of the coordinates that `encode` cuts. A fact about records: for the site's own eyes."""
+        cut = sum(
+            int(np.count_nonzero(np.abs(vector_L[at : at + _TILE]) > self.clip))
+            for at in range(0, len(vector_L), _TILE)
+        )
+        return cut / max(len(vector_L), 1)
+
+    def encode(self, vector_L: NDArray[np.float32], *, weight: int, rounding_key: bytes) -> Words:
+        """`weight` times the clipped update, in steps of clip * max_weight / half, as two's complement.
+
+        `rounding_key` is 32 bytes from os.urandom, used for this call alone and then forgotten: who knows
+        it knows how each coordinate was rounded.
+
+        Guarantee: each integer is one of the two next to the exact product, the upper one with a
+        probability equal to the fraction, so that the mean over keys is the product (within 2^-20 of a
+        step, what float64 leaves out); a product that is an integer is not changed. No integer exceeds
+        `half`, for any input.
+
+        Raises:
+            BadReply: a coordinate is not finite, or the weight is not a whole number in 1 ... max_weight.
+            ValueError: the vector is not one-dimensional float32.
+        """
+        if vector_L.dtype != np.float32 or vector_L.ndim != 1:
+            raise ValueError(f"an update is one-dimensional float32, not {vector_L.ndim}-d {vector_L.dtype}")
+        weight = self._checked(weight)
+        bound = float(Fraction(self.half * weight, self.max_weight))
+        scale = float(Fraction(self.half * weight) / (Fraction(self.clip) * self.max_weight))
+        encoded_L: Words = np.empty(len(vector_L), np.uint32)
+        for at in range(0, len(vector_L), _TILE):
+            part_T = vector_L[at : at + _TILE]
+            if not np.isfinite(part_T).all():
+                raise BadReply("an update has a coordinate that is not finite")
+            exact_T = np.clip(part_T * np.float64(scale), -bound, bound)
+            below_T = np.floor(exact_T)
+            word_T = keystream(rounding_key, start=at, count=len(part_T))
+            # floor(v + u), in an order that rounds nothing: adding u first would push 2^26 - 1 + u up.
+            up_T = word_T < (exact_T - below_T) * 2.0**32
+            encoded_L[at : at + _TILE] = (below_T.astype(np.int32) + up_T).view(np.uint32)
+        return encoded_L
+
+    def decode(self, sum_L: Words, *, n: int, total_weight: int) -> NDArray[np.float64]:
+        """The weighted mean of the clipped updates of `n` sites, from the sum of their encodings.
+
+        Guarantee: each coordinate is within `n` steps of clip * max_weight / (half * total_weight) of the
+        exact weighted mean (and 2^-20 of that for float64), and right on average; roundings are independent,
+        so the error's standard deviation is at most sqrt(n) / 2 steps.
+
+        Raises:
+            VerificationFailed: a coordinate is not a sum of `n` encodings, so somebody did not encode.
+            ValueError: the sum is not one-dimensional uint32, or n or the weight is out of range.
+        """
+        if sum_L.dtype != np.uint32 or sum_L.ndim != 1:
+            raise ValueError(f"a sum is one-dimensional uint32, not {sum_L.ndim}-d {sum_L.dtype}")
+        if not 1 <= n <= self.max_n or not 1 <= total_weight <= n * self.max_weight:
+            raise ValueError(f"n = {n} of {self.max_n}, total weight {total_weight}")
+        signed_L = sum_L.view(np.int32)
+        limit = n * self.half
+        beyond = int(np.count_nonzero((signed_L > limit) | (signed_L < -limit)))
+        if beyond:
+            raise VerificationFailed(f"{beyond} of {len(sum_L)} sums are beyond what {n} sites can add up to")
+        step = float(Fraction(self.clip) * self.max_weight / (self.half * total_weight))
+        return np.multiply(signed_L, step, dtype=np.float64)
+
+    def weight_limbs(self, weight: int) -> Words:
+        """A weight as four words of 16 bits, lowest first, to be masked and added with the update.
+
+        Guarantee: the sum over at most 65,536 sites is exact; see `total_weight`.
+
+        Raises:
+            BadReply: the weight is not a whole number in 1 ... max_weight.
+        """
+        weight = self._checked(weight)
+        return np.array([weight >> _LIMB_BITS * limb & 0xFFFF for limb in range(LIMBS)], np.uint32)
+
+    def total_weight(self, limbs: Words, *, n: int) -> int:
+        """The sum of the weights of `n` sites, exact, from the sum of their limbs.
+
+        Raises:
+            VerificationFailed: it is not a sum of `n` weights in 1 ... max_weight.
+        """
+        total = sum(int(limb) << _LIMB_BITS * place for place, limb in enumerate(limbs))
+        within = all(int(limb) <= n * 0xFFFF for limb in limbs)
+        if len(limbs) != LIMBS or not within or not n <= total <= n * self.max_weight:
+            raise VerificationFailed(f"the weights of {n} sites add up to what they cannot")
+        return total
+
+    def _checked(self, weight: int) -> int:
+        try:
+            whole = operator.index(weight)
+        except TypeError:
+            whole = 0
+        if not 1 <= whole <= self.max_weight:
+            raise BadReply(f"weight {weight!r}: a whole number, 1 to {self.max_weight}")
+        return whole
