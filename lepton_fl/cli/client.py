@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lepton_fl.cli.options import Json, SiteFile
 from lepton_fl.cli.terminal import Commands, fail, print_json, print_table, printable, say
-from lepton_fl.errors import ConfigError
+from lepton_fl.errors import ConfigError, ConnectionFailed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,12 +57,36 @@ def client_start(
 
 
 @client_app.command("status")
-def client_status(config: SiteFile, as_json: Json = False) -> None:
-    """What the running agent does. Exit 5 where none runs.
+def client_status(
+    config: SiteFile,
+    wait: Annotated[
+        float,
+        typer.Option(help="Seconds to wait until an agent runs and is connected.", min=0, metavar="SECONDS"),
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """What the running agent does. Exit 5 where none runs; with --wait, where it is not connected by then.
 
-    Example: lepton-fl client status -c site.toml --json
+    Example: lepton-fl client status --wait 60 -c site.toml
     """
-    _show(_ask(config, "status"), as_json=as_json)
+    found = _status(config, wait)
+    _show(found, as_json=as_json)
+    if wait and not found["connected"]:
+        fail(f"the agent is not connected: {found['not_connected_because']}", ConnectionFailed.exit_code)
+
+
+def _status(config: Path, wait: float) -> dict[str, Any]:
+    until = time.monotonic() + wait
+    while True:
+        try:
+            found = _ask(config, "status")
+        except ConnectionFailed:
+            if time.monotonic() >= until:
+                raise
+        else:
+            if found["connected"] or time.monotonic() >= until:
+                return found
+        time.sleep(min(0.2, max(0.0, until - time.monotonic())))
 
 
 @client_app.command("pause")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lepton_fl.fleet.server.studies import Run, Submitted
     from lepton_fl.study import Study
 
+ON_ITS_WAY_S = 5.0
+"""How long a site waits for an offer that its running agent may be about to hear."""
 FOLLOW_S = 0.3
 """Between two looks of `--follow`."""
 _LAST_ROUNDS = 10
@@ -108,8 +110,7 @@ def study_show(text: StudyText, config: EitherFile = None, as_json: Json = False
     elif _is_site(config):
         from lepton_fl.fleet.agent.offers import offers_of
 
-        offers = offers_of(config)
-        judged = offers.judge(offers.find(text))
+        judged = offers_of(config).judge(_offered(text, config))
         said = {"this_site": judged.state + (f": {judged.reason}" if judged.reason else "")}
         _show(judged.study, said, as_json=as_json)
         if judged.state == "waiting":
@@ -224,9 +225,24 @@ def study_refuse(
 
 def _at_site(text: str, config: Path) -> Study:
     """A study by its file, or as it was offered."""
-    from lepton_fl.fleet.agent.offers import offers_of
+    return _from_file(text) if Path(text).is_file() else _offered(text, config)
 
-    return _from_file(text) if Path(text).is_file() else offers_of(config).find(text)
+
+def _offered(text: str, config: Path) -> Study:
+    """A study by its name or id. One that was just proposed may still be on its way to the agent."""
+    from lepton_fl.fleet.agent.local import socket_path
+    from lepton_fl.fleet.agent.offers import offers_of
+    from lepton_fl.site.config import files_of
+
+    offers, until = offers_of(config), time.monotonic() + ON_ITS_WAY_S
+    agent = socket_path(files_of(config).state)
+    while True:
+        try:
+            return offers.find(text)
+        except ConfigError:
+            if not agent.exists() or time.monotonic() >= until:
+                raise
+        time.sleep(0.1)
 
 
 # On the server's machine

@@ -280,15 +280,16 @@ def test_people_of_the_site_command_it(server, enrol, client, lepton):
     process = client(home)
     config = ("-c", home / "site.toml")
     until(lambda: server.hellos, "a connection")
-    until(lambda: lepton("client", "status", *config, "--json").code == 0, "its socket")
+    waited = json.loads(lepton("client", "status", "--wait", PATIENCE_S, *config, "--json").out)
 
     paused = json.loads(lepton("client", "pause", *config, "--json").out)
     resumed = json.loads(lepton("client", "resume", *config, "--json").out)
     second = lepton("client", "doctor", *config)
     third = lepton("client", "start", *config)
     stopped = lepton("client", "stop", *config)
-    after = lepton("client", "status", *config)
+    after = lepton("client", "status", "--wait", "0.3", *config)
 
+    assert waited["connected"]
     assert (paused["state"], resumed["state"]) == ("paused", "idle")
     assert second.code == 0, second.out
     assert "fail" not in second.out

@@ -1,10 +1,13 @@
 """`lepton-fl study` with a site's site.toml: studies as the server offered them."""
 
 import json
+import threading
 
 import pytest
 
+from lepton_fl.fleet.agent.local import socket_path
 from lepton_fl.fleet.agent.offers import offers_of
+from lepton_fl.site.config import files_of
 from lepton_fl.study import load_study
 
 
@@ -47,6 +50,23 @@ def test_what_was_not_offered_is_not_approved(lepton, offered):
 
     assert done.code == 3
     assert "not among those offered" in done.last
+
+
+def test_an_offer_on_its_way_to_the_running_agent_is_waited_for(lepton, short_study, tmp_path):
+    """The operator proposes, tells the sites by telephone, and their people are quick."""
+    lepton("init", "clinic", "--template", "site")
+    site = tmp_path / "clinic" / "site.toml"
+    study = load_study(short_study)
+    agent = socket_path(files_of(site).state)
+    agent.parent.mkdir(mode=0o700, parents=True)
+    agent.touch()
+    comes = threading.Timer(0.5, lambda: offers_of(site).take(study.canonical, study.id, current=[study.id]))
+    comes.start()
+    shown = lepton("study", "show", study.study.name, "-c", site)
+    comes.join()
+
+    assert shown.code == 0
+    assert "this site: waiting" in shown.out
 
 
 def test_nobody_approves_without_a_yes(lepton, offered):
