@@ -9,8 +9,17 @@ os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
 # One thread a process is faster at these sizes, and sums in the same order everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import settings
 
 # A shared machine is slow now and then; how long an example took is no property of the code.
 settings.register_profile("lepton_fl", deadline=None)
 settings.load_profile("lepton_fl")
+
+
+@pytest.fixture(autouse=True)
+def usual_umask():
+    """A command that keeps to its owner what it writes, run in this process, leaves that to no test after it."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
