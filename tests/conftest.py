@@ -19,7 +19,7 @@ settings.load_profile("lepton_fl")
 
 @pytest.fixture(autouse=True)
 def usual_umask():
-    """A command that keeps to its owner what it writes, run in this process, leaves that to no test after it."""
+    """A command that keeps to its owner what it writes leaves that, run in here, to no test after it."""
     before = os.umask(0o022)
     yield
     os.umask(before)
