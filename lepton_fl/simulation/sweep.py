@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import re
@@ -18,6 +17,7 @@ from types import FrameType
 from typing import Protocol
 
 from lepton_fl.errors import ConfigError
+from lepton_fl.files import lock
 from lepton_fl.results import Interval, SweepAxis, SweepPoint, SweepValue, read_results, shown
 from lepton_fl.study import Study, override
 
@@ -87,15 +87,13 @@ def locked(folder: Path) -> Iterator[int]:
     Raises:
         ConfigError: another sweep, or a process that one has left behind, is at work there.
     """
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = lock(folder / ".lock")
+    if handle is None:
+        raise ConfigError(
+            f"{folder}: another sweep is at work here",
+            fix="wait for it, or name another folder with --out",
+        )
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{folder}: another sweep is at work here",
-                fix="wait for it, or name another folder with --out",
-            ) from None
         yield handle
     finally:
         os.close(handle)
