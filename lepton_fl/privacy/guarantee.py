@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
-from lepton_fl.privacy.accounting import Gaussian, calibrate, epsilon
+from lepton_fl.errors import ConfigError
+from lepton_fl.privacy.accounting import DiscreteGaussian, Gaussian, calibrate, epsilon, gap_allowance
+from lepton_fl.privacy.lattice import Lattice
+from lepton_fl.secagg.context import Cohort
+from lepton_fl.secagg.graph import COMPLETE
+from lepton_fl.secagg.identity import FIRST_PARTY
 from lepton_fl.study import Study
 
 SIMULATION_NOISE = "simulation noise"
 """Label of every result whose noise came from a seeded generator: a seed known to anyone is no privacy."""
-CURATOR = "the simulator acts as curator"
-"""Label of every result whose sums were formed by the simulator in place of secure aggregation."""
 SIMULATED = "SIMULATED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exposure:
+    """An epsilon, and whom it holds against."""
+
+    against: str
+    epsilon: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,34 +33,51 @@ class Guarantee:
     **Formal guarantee.** With noise multiplier sigma = `event.noise_multiplier`, the sequence of updates
     that a site releases in `event.steps` steps (under shared noise: of the sums that they enter) is
     (epsilon, delta)-differentially private under adding or removing one unit of that site (Abadi et al.
-    2016, DP-SGD; composed by PLD). Exact figures that a policy lets out are not part of it.
+    2016, DP-SGD; composed by PLD). Exact figures that a policy lets out are not part of it. With discrete
+    noise on integers it is `discrete` that the steps cost, within the same (epsilon, delta).
     """
 
     study: Study
     event: Gaussian | None
-    """None where the study adds no noise."""
+    """The whole study's training, as continuous noise would have it. None where the study adds no noise."""
+    metrics: Gaussian | None = None
+    """What the histogram of scores costs beside it, where the study releases one with noise.
+
+    `event` and this one, composed, are within the study's (epsilon, delta). One held-out record of each unit
+    is counted, so a unit moves one count by 1: that is the sensitivity to which the multiplier refers.
+    """
 
     @classmethod
     def of(cls, study: Study) -> Guarantee:
-        """Calibrate the study's noise to its epsilon over all rounds it may charge."""
+        """Calibrate the study's noise to its epsilon over all rounds it may charge.
+
+        With room in delta for the gap of discrete noise, whose parameters need not be known for it.
+        """
         privacy = study.privacy
         if privacy.noise == "none" or privacy.epsilon is None or privacy.delta is None:
             return cls(study=study, event=None)
+        metrics = None
+        if study.metrics_epsilon is not None:
+            of_metrics = calibrate(
+                epsilon=study.metrics_epsilon, delta=privacy.delta, sampling_rate=1.0, steps=1
+            )
+            metrics = Gaussian(noise_multiplier=of_metrics, sampling_rate=1.0, steps=1)
         rate, steps = study.train.sample_rate, study.charged_steps
-        sigma = calibrate(epsilon=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, steps=steps)
+        sigma = calibrate(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sampling_rate=rate,
+            steps=steps,
+            gap=gap_allowance(epsilon=privacy.epsilon, delta=privacy.delta),
+            beside=metrics,
+        )
         event = Gaussian(noise_multiplier=sigma, sampling_rate=rate, steps=steps)
-        return cls(study=study, event=event)
+        return cls(study=study, event=event, metrics=metrics)
 
     @property
     def round_event(self) -> Gaussian | None:
-        """What one round costs one site: the charge, before it is known to have left."""
-        if self.event is None:
-            return None
-        return Gaussian(
-            noise_multiplier=self.event.noise_multiplier,
-            sampling_rate=self.event.sampling_rate,
-            steps=self.study.train.local_steps,
-        )
+        """One round's part of `event`, for plans; what a site is charged is `discrete`."""
+        return None if self.event is None else replace(self.event, steps=self.study.train.local_steps)
 
     def epsilon_after(self, rounds: int) -> float | None:
         """Epsilon after so many rounds at a site that took part in each."""
@@ -56,6 +85,105 @@ class Guarantee:
         if event is None or self.study.privacy.delta is None:
             return None
         return epsilon([event.times(rounds)], self.study.privacy.delta)
+
+    def shares(self, cohort: int) -> int:
+        """Honest shares at least in what is opened, of which the calibrated noise consists; local: one.
+
+        min_survivors - colluders: the shares of the largest allowed dropout may be missing, and colluders
+        know their own. The study has made sure that one is left. Of a cohort whose graph is drawn (above 128
+        sites) a server may have the sum opened in parts: then as many as the smallest part has, but for a
+        probability of 2^-40 an attempt.
+        """
+        if self.study.privacy.noise != "shared":
+            return 1
+        colluders, survivors = self.study.secure_aggregation.colluders, self.study.survivors(cohort)
+        if cohort <= COMPLETE:
+            return survivors - colluders
+        parties = tuple(range(FIRST_PARTY, FIRST_PARTY + cohort))
+        drawn = Cohort(parties=parties, colluders=colluders, min_sites=survivors)
+        return min(survivors - colluders, drawn.hidden_among)
+
+    def noise_factor(self, cohort: int) -> float:
+        """Noise on the sum over a whole cohort, as a multiple of what a trusted curator would add to it."""
+        return 0.0 if self.event is None else math.sqrt(cohort / self.shares(cohort))
+
+    def lattice(self, *, coordinates: int, cohort: int) -> Lattice:
+        """The integers of a cohort's sums and shares, for a model of so many parameters.
+
+        Raises:
+            ConfigError: 32 bits have no room for them, or the study declares no expected batch or no noise.
+        """
+        batch = self.study.train.expected_batch
+        if self.event is None or batch is None:
+            raise ConfigError(
+                f"study {self.study.study.name}: integers are chosen by privacy.epsilon and "
+                "train.expected_batch, and it does not declare both"
+            )
+        return Lattice.of(
+            clip=self.study.privacy.clip,
+            noise_multiplier=self.event.noise_multiplier,
+            coordinates=coordinates,
+            cohort=cohort,
+            shares=self.shares(cohort),
+            expected_batch=batch,
+        )
+
+    def discrete(self, lattice: Lattice, *, sampler_distance: float) -> DiscreteGaussian:
+        """What one round on this lattice costs one site: the charge, before it is known to have left.
+
+        Guarantee: all rounds that the study may charge, each like this one at whatever cohort, are within
+        its (epsilon, delta).
+
+        Raises:
+            ConfigError: the sampler is not close enough to the discrete Gaussian for so many draws.
+        """
+        privacy, train = self.study.privacy, self.study.train
+        if self.event is None or privacy.epsilon is None or privacy.delta is None:
+            raise ConfigError(f"study {self.study.study.name}: privacy.noise = 'none' costs nothing")
+        event = lattice.event(
+            sampling_rate=train.sample_rate, steps=train.local_steps, sampler_distance=sampler_distance
+        )
+        gap = event.times(train.charged_rounds).gap
+        allowed = gap_allowance(epsilon=privacy.epsilon, delta=privacy.delta)
+        if gap > allowed or event.noise_multiplier < self.event.noise_multiplier:
+            raise ConfigError(
+                f"study {self.study.study.name}: {event.coordinates} parameters x {self.study.charged_steps} "
+                f"steps of {event.shares} shares are {gap:.2g} from the noise that is accounted, allowed "
+                f"{allowed:.2g} at epsilon {privacy.epsilon:g}, delta {privacy.delta:g}",
+                fix="take a smaller epsilon, a larger delta, fewer rounds or a smaller model",
+            )
+        return event
+
+    def exposures(self, event: DiscreteGaussian, cohort: int) -> tuple[Exposure, ...]:
+        """Epsilon of the whole study at its delta, by who looks; `event` is one round at this cohort.
+
+        An adversary is told by the shares it does not know; docs/accounting.md, "Who holds what".
+        """
+        privacy, colluders = self.study.privacy, self.study.secure_aggregation.colluders
+        if privacy.delta is None:
+            return ()
+        if privacy.noise != "shared":
+            hidden = {self.holds_against: 1}
+        else:
+            members = f"{colluders} member{'' if colluders == 1 else 's'}"
+            shares, survivors = self.shares(cohort), self.study.survivors(cohort)
+            # In a part of the sum the colluders' shares need not be: none is counted.
+            alone = survivors if cohort <= COMPLETE else shares
+            hidden = {"the server alone, and every reader of the model": alone}
+            if colluders:
+                hidden[f"the server and {members} together"] = shares
+                hidden[f"{members}, by what {'it knows' if colluders == 1 else 'they know'}"] = shares
+            if shares > 1:
+                hidden["the server and all other members together"] = 1
+        return tuple(
+            Exposure(
+                against=against,
+                epsilon=epsilon(
+                    [replace(event, shares=shares).times(self.study.train.charged_rounds)], privacy.delta
+                ),
+            )
+            for against, shares in hidden.items()
+        )
 
     @property
     def unit(self) -> str:
@@ -83,8 +211,6 @@ class Guarantee:
         labels = [SIMULATED]
         if self.event is not None:
             labels.append(SIMULATION_NOISE)
-        if self.study.secure_aggregation.enabled:
-            labels.append(CURATOR)
         return tuple(labels)
 
     def sentence(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ MAX_PARTIES = 1 << 16
 """Largest cohort whose limbs add up below 2^32."""
 
 _TILE = 1 << 15
+Update: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -29,11 +31,12 @@ class Quantiser:
     """How the updates of a cohort become integers. Every field changes what a sum means.
 
     Guarantee (headroom): a site's integer is at most `half` = 2^(bits - 1) - 1 either way, so the sum over
-    `max_n` sites is below 2^30 and never wraps; among all 2^32 words at most half can be such a sum, so
-    that `d` uniform words, a sum that was not unmasked, pass `decode` with a probability of at most 2^-d.
+    `max_n` sites and `tails` are below 2^30 and never wrap; among all 2^32 words at most half can be such a
+    sum, so that `d` uniform words, a sum that was not unmasked, pass `decode` with a probability of at most
+    2^-d.
 
     Raises:
-        ValueError: there is no such headroom: bits > 31 - ceil(log2(max_n)); or a field is out of range.
+        ValueError: there is no such headroom; or a field is out of range.
     """
 
     clip: float
@@ -44,6 +47,8 @@ class Quantiser:
     """Most sites in a sum."""
     max_weight: int = 1
     """A site of this weight uses all of the bits; one of a sixteenth of it has four fewer."""
+    tails: int = 0
+    """Room, in a sum, for what sites add to their integers: their shares of the noise, all together."""
 
     def __post_init__(self) -> None:
         if not _SMALLEST <= self.clip <= _LARGEST:
@@ -52,16 +57,18 @@ class Quantiser:
             raise ValueError(f"max_n = {self.max_n}: 1 to {MAX_PARTIES}")
         if not 1 <= self.max_weight < 1 << LIMBS * _LIMB_BITS:
             raise ValueError(f"max_weight = {self.max_weight}: 1 to 2^64 - 1")
-        most = 31 - (self.max_n - 1).bit_length()
-        if not 2 <= self.bits <= most:
-            raise ValueError(f"bits = {self.bits} for sums over {self.max_n} sites: 2 to {most}")
+        if self.bits < 2 or self.tails < 0 or self.max_n * self.half + self.tails >= 1 << 30:
+            most = (((1 << 30) - 1 - self.tails) // self.max_n + 1).bit_length()
+            raise ValueError(
+                f"bits = {self.bits}, tails = {self.tails}, sums of {self.max_n} sites: bits are 2 to {most}"
+            )
 
     @property
     def half(self) -> int:
         """Largest integer of one site."""
         return (1 << (self.bits - 1)) - 1
 
-    def clip_ratio(self, vector_L: NDArray[np.float32]) -> float:
+    def clip_ratio(self, vector_L: Update) -> float:
         """Share of the coordinates that `encode` cuts. A fact about records: for the site's own eyes."""
         cut = sum(
             int(np.count_nonzero(np.abs(vector_L[at : at + _TILE]) > self.clip))
@@ -69,7 +76,7 @@ class Quantiser:
         )
         return cut / max(len(vector_L), 1)
 
-    def encode(self, vector_L: NDArray[np.float32], *, weight: int, rounding_key: bytes) -> Words:
+    def encode(self, vector_L: Update, *, weight: int, rounding_key: bytes) -> Words:
         """`weight` times the clipped update, in steps of clip * max_weight / half, as two's complement.
 
         `rounding_key` is 32 bytes from os.urandom, used for this call alone and then forgotten: who knows
@@ -78,14 +85,17 @@ class Quantiser:
         Guarantee: each integer is one of the two next to the exact product, the upper one with a
         probability equal to the fraction, so that the mean over keys is the product (within 2^-20 of a
         step, what float64 leaves out); a product that is an integer is not changed. No integer exceeds
-        `half`, for any input.
+        `half`, for any input. For any one key no two updates end up further apart, in steps, than they were
+        and 1 more in each coordinate.
 
         Raises:
             BadReply: a coordinate is not finite, or the weight is not a whole number in 1 ... max_weight.
-            ValueError: the vector is not one-dimensional float32.
+            ValueError: the vector is not one-dimensional float32 or float64.
         """
-        if vector_L.dtype != np.float32 or vector_L.ndim != 1:
-            raise ValueError(f"an update is one-dimensional float32, not {vector_L.ndim}-d {vector_L.dtype}")
+        if vector_L.dtype not in (np.float32, np.float64) or vector_L.ndim != 1:
+            raise ValueError(
+                f"an update is one-dimensional float32 or float64, not {vector_L.ndim}-d {vector_L.dtype}"
+            )
         weight = self._checked(weight)
         bound = float(Fraction(self.half * weight, self.max_weight))
         scale = float(Fraction(self.half * weight) / (Fraction(self.clip) * self.max_weight))
@@ -110,7 +120,8 @@ class Quantiser:
         so the error's standard deviation is at most sqrt(n) / 2 steps.
 
         Raises:
-            VerificationFailed: a coordinate is not a sum of `n` encodings, so somebody did not encode.
+            VerificationFailed: a coordinate is not a sum of `n` encodings and what may be added to them, so
+                somebody did not encode.
             ValueError: the sum is not one-dimensional uint32, or n or the weight is out of range.
         """
         if sum_L.dtype != np.uint32 or sum_L.ndim != 1:
@@ -118,7 +129,7 @@ class Quantiser:
         if not 1 <= n <= self.max_n or not 1 <= total_weight <= n * self.max_weight:
             raise ValueError(f"n = {n} of {self.max_n}, total weight {total_weight}")
         signed_L = sum_L.view(np.int32)
-        limit = n * self.half
+        limit = n * self.half + self.tails
         beyond = int(np.count_nonzero((signed_L > limit) | (signed_L < -limit)))
         if beyond:
             raise VerificationFailed(f"{beyond} of {len(sum_L)} sums are beyond what {n} sites can add up to")

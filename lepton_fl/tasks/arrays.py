@@ -39,6 +39,20 @@ def group_of(arrays: Arrays, group: str) -> Arrays:
     return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
 
+def flatten(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All arrays one after another, in their order: [L]."""
+    return np.concatenate([np.ravel(array) for array in arrays.values()])
+
+
+def unflatten(vector_L: np.ndarray, template: Mapping[str, np.ndarray]) -> Arrays:
+    """The inverse of `flatten`, for arrays shaped as `template`: views of the vector."""
+    arrays, at = {}, 0
+    for name, like in template.items():
+        arrays[name] = vector_L[at : at + like.size].reshape(like.shape)
+        at += like.size
+    return arrays
+
+
 def arrays_of(model: nn.Module) -> Arrays:
     """A copy of the parameters, float32."""
     return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}

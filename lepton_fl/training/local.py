@@ -1,9 +1,9 @@
-"""DP-SGD at one site, with Opacus. Legend: N records, U units, B records in a batch, F features.
+"""DP-SGD at one site, with Opacus. N records, U units, B records in a batch, F features, L parameters.
 
-Opacus computes per-record gradients (hooks) and does the clipping, the noise and the division; what is
-ours is what it leaves to its loader and engine, and what measurements showed to go wrong there: exact
-Poisson sampling at the study's own rate, units of several records, the public divisor, and a statement
-of the mechanism that really ran.
+Opacus computes per-record gradients (hooks) and takes the steps; what is ours is what it leaves to its loader
+and engine, and what measurements showed to go wrong there: exact Poisson sampling at the study's own rate,
+units of several records, clipped sums whose rounding is bounded, noise that is drawn on integers from a
+secure stream, the public divisor, and a statement of the mechanism that really ran.
 """
 
 from __future__ import annotations
@@ -14,24 +14,30 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.privacy.accounting import Gaussian
+from lepton_fl.privacy.accounting import DiscreteGaussian
+from lepton_fl.privacy.discrete_gaussian import sample
 from lepton_fl.privacy.guarantee import Guarantee
+from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
-from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays
+from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec
 from lepton_fl.training.noise import Noise
+from lepton_fl.training.sampling import PoissonSampler
 
 MICRO_BATCH_UNITS = 2048
 """Units, and records, whose gradients are held at once. Speed and memory only: the result is the same."""
 HELD_NUMBERS = 50_000_000
 """Numbers in the gradients held at once, where the model is large."""
+SUMMED_NUMBERS = 1 << 22
+"""Numbers that are in float64 at once, to be added up."""
 NO_CLIP = 1e30
-"""Above any gradient, and finite: Opacus multiplies it by a noise multiplier of 0."""
+"""Above any gradient, and finite."""
 
 
 class Trainable(Protocol):
@@ -53,8 +59,8 @@ class LocalPlan:
 
     clip: float
     """L2 bound on one unit's summed gradient; `NO_CLIP` without privacy."""
-    noise_multiplier: float
-    """Standard deviation of this site's noise on the sum, divided by `clip`; 0 if noise is not its job."""
+    lattice: Lattice | None
+    """What integers each step's sum becomes, and the noise on them; None if noise is not training's job."""
     sample_rate: float
     expected_batch: float
     """Public divisor of the summed gradient, in units."""
@@ -63,10 +69,12 @@ class LocalPlan:
     lr: float
     proximal_mu: float = 0.0
     """Pull of each step towards the received model (FedProx); 0 for none."""
+    gradient_only: bool = False
+    """Lock-step: the update is minus the one step's mean gradient, whole, in float64."""
 
     @classmethod
-    def of(cls, study: Study, guarantee: Guarantee) -> LocalPlan:
-        """What the study asks of a site in one round.
+    def of(cls, study: Study, guarantee: Guarantee, *, coordinates: int) -> LocalPlan:
+        """What the study asks of a site in one round, of a model of so many parameters.
 
         Raises:
             ConfigError: the study declares no expected batch.
@@ -78,19 +86,18 @@ class LocalPlan:
                 "is not public",
                 fix="set train.expected_batch to sample_rate x the units of a typical site",
             )
-        lockstep = train.strategy == "lockstep"
-        event = guarantee.event
-        local = study.privacy.noise == "local" and event is not None
+        private, local = guarantee.event is not None, study.privacy.noise == "local"
         return cls(
-            clip=study.privacy.clip if event is not None else NO_CLIP,
-            noise_multiplier=event.noise_multiplier if local and event is not None else 0.0,
+            clip=study.privacy.clip if private else NO_CLIP,
+            lattice=guarantee.lattice(coordinates=coordinates, cohort=1) if private and local else None,
             sample_rate=train.sample_rate,
             expected_batch=train.expected_batch,
             steps=train.local_steps,
-            # Under lockstep the server holds the optimizer; a site's delta is minus its gradient.
-            optimizer="sgd" if lockstep else train.optimizer,
-            lr=1.0 if lockstep else train.lr,
+            optimizer=train.optimizer,
+            lr=train.lr,
             proximal_mu=train.proximal_mu or 0.0,
+            # The server holds the optimizer.
+            gradient_only=train.strategy == "lockstep",
         )
 
 
@@ -99,21 +106,29 @@ class LocalUpdate:
     """What a round of local training gives, and the mechanism that gave it."""
 
     delta: Arrays
-    """Trained minus received parameters, float32."""
+    """Trained minus received parameters, float32; in lock-step minus the mean gradient, float64."""
     steps: int
     """Steps taken, empty batches included."""
     sampling_rate: float
-    noise_multiplier: float
-    """Of the noise in `delta`; 0 where this site added none."""
     clip: float
+    lattice: Lattice | None
+    """Of the noise in `delta`; None where this site added none."""
 
-    def is_within(self, event: Gaussian, *, clip: float, local_noise: bool) -> bool:
-        """Whether what ran costs no more than `event`, clipped at `clip`."""
+    def is_within(self, event: DiscreteGaussian, *, local_noise: bool) -> bool:
+        """Whether what ran costs no more than `event`."""
+        noise = (
+            event
+            if self.lattice is None
+            else self.lattice.event(
+                sampling_rate=event.sampling_rate, steps=event.steps, sampler_distance=event.sampler_distance
+            )
+        )
         return (
             self.steps <= event.steps
             and self.sampling_rate <= event.sampling_rate
-            and self.clip <= clip
-            and (not local_noise or self.noise_multiplier >= event.noise_multiplier)
+            and self.clip <= event.clip
+            and (not local_noise or self.lattice is not None)
+            and noise.noise_multiplier >= event.noise_multiplier
         )
 
 
@@ -128,13 +143,14 @@ def train_locally(
 ) -> LocalUpdate:
     """`plan.steps` steps of DP-SGD from `arrays` on `table`.
 
-    **Formal guarantee.** Each step releases sum over sampled units of clip(sum over the unit's records of
-    the gradient) + N(0, (noise_multiplier * clip)^2), divided by a public constant; each unit is sampled
-    independently with probability `sample_rate`. A step whose batch is empty is a step like any other,
-    noise included. So the update is the `steps`-fold composition of the Poisson-subsampled Gaussian
-    mechanism under adding or removing one unit (Abadi et al. 2016, Algorithm 1). FedProx's pull (Li et al.
-    2020, eq. 2) changes none of this: it is added to what a step released, and computed from the received
-    model and from the steps released before, never from a record.
+    **Formal guarantee.** Each step releases the sum over sampled units of clip(sum over the unit's records of
+    the gradient), as integers on the plan's lattice with a discrete Gaussian on each, divided by a public
+    constant; each unit is sampled independently with probability `sample_rate`. A step whose batch is empty
+    is a step like any other, noise included. So the update is the `steps`-fold composition of the
+    Poisson-subsampled mechanism of docs/accounting.md under adding or removing one unit (Abadi et al. 2016,
+    Algorithm 1). Without a lattice the sum is exact, and is for secure aggregation to hide. FedProx's pull
+    (Li et al. 2020, eq. 2) changes none of this: it is added to what a step released, and computed from the
+    received model and from the steps released before, never from a record.
 
     Raises:
         ProtocolError: `arrays` do not fit the model or are not finite.
@@ -142,23 +158,16 @@ def train_locally(
     load_arrays(model, arrays)
     model.train()
     x_NF, y_N = torch.from_numpy(table.x_NF), torch.from_numpy(table.y_N)
-    sampling, noising = noise.torch("sample", round), noise.torch("noise", round)
+    sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
     records = _RecordsOfUnits(table.unit_N, table.units)
     hooks = GradSampleHooks(model, loss_reduction="sum")
-    optimizer = DPOptimizer(
-        _inner_optimizer(model, plan),
-        noise_multiplier=plan.noise_multiplier,
-        max_grad_norm=plan.clip,
-        expected_batch_size=plan.expected_batch,
-        loss_reduction="mean",
-        generator=noising,
-    )
+    optimizer = _LatticeOptimizer(_inner_optimizer(model, plan), plan, noise, round)
     if plan.proximal_mu:
         optimizer.attach_step_hook(_pull(model, plan.proximal_mu))
     taken = 0
     try:
-        for _ in range(plan.steps):
-            sampled = _poisson_sample(table.units, plan.sample_rate, sampling)
+        for step in range(plan.steps):
+            sampled = torch.from_numpy(sampler.draw(step))
             # At least one chunk: an empty batch still makes its noisy step.
             chunks = torch.split(sampled, _units_at_once(model)) or (sampled,)
             for number, chunk in enumerate(chunks, start=1):
@@ -171,15 +180,83 @@ def train_locally(
     finally:
         hooks.cleanup()
         _forget_records(model)
-    trained = arrays_of(model)
+    if plan.gradient_only:
+        delta = unflatten(-optimizer.mean_L, arrays)
+    else:
+        trained = arrays_of(model)
+        delta = {name: trained[name] - arrays[name].astype(np.float32) for name in trained}
     return LocalUpdate(
-        delta={name: trained[name] - arrays[name].astype(np.float32) for name in trained},
-        # Of the loop and the optimizer that ran, not of the plan.
+        delta=delta,
+        # Of the loop, the sampler and the optimizer that ran, not of the plan.
         steps=taken,
-        sampling_rate=plan.sample_rate,
-        noise_multiplier=optimizer.noise_multiplier,
+        sampling_rate=sampler.rate,
         clip=optimizer.max_grad_norm,
+        lattice=optimizer.lattice,
     )
+
+
+class _LatticeOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
+    """Opacus's optimizer with sums of bounded error, and noise on integers."""
+
+    def __init__(self, inner: torch.optim.Optimizer, plan: LocalPlan, noise: Noise, round: int) -> None:
+        super().__init__(
+            inner,
+            noise_multiplier=0.0,
+            max_grad_norm=plan.clip,
+            expected_batch_size=plan.expected_batch,
+            loss_reduction="mean",
+        )
+        self.lattice = plan.lattice
+        self.mean_L: NDArray[np.float64] = np.empty(0)
+        """The last step's gradient, with its noise."""
+        self._noise = noise
+        self._round = round
+        self._steps = 0
+
+    def clip_and_accumulate(self) -> None:
+        """Add the units' gradients to the sum, each of them clipped.
+
+        In float64: adding one unit to a sum in float32 would change the rounding errors of all the others by
+        more than the slack that the noise accounts for (docs/accounting.md).
+        """
+        flat = [p.grad_sample.flatten(1) for p in self.params]
+        norms = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) for g in flat]
+        norm_U = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        factor_U = (self.max_grad_norm / norm_U).clamp(max=1.0)
+        # A unit without a gradient.
+        factor_U[norm_U == 0] = 0.0
+        for p, gradient in zip(self.params, flat, strict=True):
+            total = p.new_zeros(gradient.shape[1], dtype=torch.float64)
+            at_once = max(1, SUMMED_NUMBERS // gradient.shape[1])
+            for part, factor in zip(gradient.split(at_once), factor_U.split(at_once), strict=True):
+                total += factor @ part.double()
+            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+
+    def add_noise(self) -> None:
+        """Turn the sum into integers, add the noise to them, and go on with what they stand for."""
+        sum_L = torch.cat([p.summed_grad for p in self.params]).numpy()
+        if self.lattice is not None:
+            sum_L = noised(sum_L, self.lattice, self._noise, f"step {self._steps}", self._round)
+        self._steps += 1
+        self.mean_L = sum_L / self.expected_batch_size
+        at = 0
+        for p in self.params:
+            part_L = torch.from_numpy(sum_L[at : at + p.numel()])
+            p.grad = part_L.reshape(p.shape).to(p.dtype)
+            at += p.numel()
+
+
+def noised(
+    sum_L: NDArray[np.float64], lattice: Lattice, noise: Noise, purpose: str, round: int
+) -> NDArray[np.float64]:
+    """A sum of clipped gradients as a multiple of 1 / scale, with one discrete Gaussian share on it.
+
+    What the integers stand for is exact in float64; what is computed from it costs no privacy.
+    """
+    quantiser = lattice.quantiser()
+    words_L = quantiser.encode(sum_L, weight=1, rounding_key=noise.key(f"rounding {purpose}", round))
+    drawn_L = sample(lattice.share, len(words_L), key=noise.key(f"noise {purpose}", round))
+    return (words_L.view(np.int32) + drawn_L) / lattice.scale
 
 
 def _forget_records(model: nn.Module) -> None:
@@ -213,13 +290,6 @@ def _pull(model: nn.Module, mu: float) -> Callable[[DPOptimizer], None]:
                 parameter.grad.add_(parameter - start, alpha=mu)
 
     return pull
-
-
-def _poisson_sample(units: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Indices of the sampled units: each independently with probability `rate`."""
-    # float64: in float32 `rand < q` raises a q of 1e-5 by 1.4e-3 of itself.
-    draw_U = torch.rand(units, dtype=torch.float64, generator=generator)
-    return torch.nonzero(draw_U < rate).squeeze(1)
 
 
 class _RecordsOfUnits:

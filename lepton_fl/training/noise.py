@@ -1,4 +1,4 @@
-"""Where a run's randomness comes from."""
+"""Where a party's randomness comes from: a key for each thing that is drawn."""
 
 from __future__ import annotations
 
@@ -10,57 +10,52 @@ import torch
 
 
 class Noise(ABC):
-    """The generators that one party draws from, one for each (study, purpose, round).
+    """Keys of one party's draws, one for each (study, purpose, round).
 
-    torch's Mersenne Twister takes 32 effective bits of seed and its state can be recovered from its output:
-    whatever it protects is protected in simulation only, and every output of a run that used it says
-    `simulation noise`. That goes for both kinds below.
+    What is drawn under a key (who is sampled, how a sum is rounded, the noise on it) comes from its
+    AES-256-CTR stream, and is as secret as the key is.
     """
 
-    def torch(self, purpose: str, round: int = 0) -> torch.Generator:
-        """A torch generator on the CPU."""
-        return torch.Generator().manual_seed(self._seed(purpose, round) % 2**63)
+    @abstractmethod
+    def key(self, purpose: str, round: int = 0) -> bytes:
+        """32 bytes, for one use."""
 
     @abstractmethod
     def of(self, study_id: str) -> Noise:
-        """The streams of one study."""
-
-    @abstractmethod
-    def _seed(self, purpose: str, round: int) -> int:
-        """256 bits."""
+        """The keys of one study."""
 
 
 class SimulationNoise(Noise):
-    """Seeded generators for a simulation: reproducible, and therefore no privacy.
+    """Keys from a seed, for a simulation: reproducible, and therefore no privacy.
 
-    Each (party, study, purpose, round) has a stream of its own: a site's draws do not depend on the order
+    Each (party, study, purpose, round) has a key of its own: a site's draws do not depend on the order
     in which sites are run, and no two studies share noise, which their difference would cancel. The same
     study run again under the same seed releases the same again.
     """
 
     def __init__(self, seed: int, party: str, study_id: str = "") -> None:
-        self._seed_of_all = seed
+        self._seed = seed
         self._party = party
         self._study_id = study_id
 
     def of(self, study_id: str) -> SimulationNoise:
-        return SimulationNoise(self._seed_of_all, self._party, study_id)
+        return SimulationNoise(self._seed, self._party, study_id)
 
-    def key(self, purpose: str) -> bytes:
-        """32 bytes, for a keyed hash."""
-        return self._seed(purpose, 0).to_bytes(32, "little")
+    def key(self, purpose: str, round: int = 0) -> bytes:
+        parts = ("lepton-fl/simulation-noise/1", self._seed, self._party, self._study_id, purpose, round)
+        return hashlib.sha256("|".join(map(str, parts)).encode()).digest()
 
-    def _seed(self, purpose: str, round: int) -> int:
-        parts = ("lepton-fl/simulation-noise/1", self._seed_of_all, self._party, self._study_id, purpose)
-        name = "|".join(map(str, (*parts, round))).encode()
-        return int.from_bytes(hashlib.sha256(name).digest(), "little")
+    def torch(self, purpose: str) -> torch.Generator:
+        """A torch generator on the CPU, for what protects nobody: a model's first parameters."""
+        seed = int.from_bytes(self.key(purpose), "little")
+        return torch.Generator().manual_seed(seed % 2**63)
 
 
 class UnseededNoise(Noise):
-    """Seeded by the operating system, anew for each stream: the only kind for a deployed site."""
+    """Keys from the operating system, anew each time: the only kind for a deployed site."""
 
-    def of(self, study_id: str) -> UnseededNoise:  # noqa: ARG002 - no two streams are alike anyway
+    def of(self, study_id: str) -> UnseededNoise:  # noqa: ARG002 - no two keys are alike anyway
         return self
 
-    def _seed(self, purpose: str, round: int) -> int:  # noqa: ARG002 - the same
-        return int.from_bytes(os.urandom(32), "little")
+    def key(self, purpose: str, round: int = 0) -> bytes:  # noqa: ARG002 - the same
+        return os.urandom(32)

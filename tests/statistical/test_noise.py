@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.tasks import arrays_of
 from lepton_fl.tasks.task import BINARY
 from lepton_fl.training import LocalPlan, SimulationNoise, local, train_locally
@@ -44,13 +45,25 @@ def nobody():
     return Records(np.zeros((0, FEATURES), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), 0)
 
 
+def lattice(sigma):
+    """For a gradient of one row more than the model has: what is tested is the noise, not its share."""
+    return Lattice.of(
+        clip=CLIP,
+        noise_multiplier=sigma,
+        coordinates=(FEATURES + 2) * HIDDEN + 1,
+        cohort=1,
+        shares=1,
+        expected_batch=BATCH,
+    )
+
+
 def update(records, sigma, *, steps=1, round=1, party="north"):
     """All coordinates of the update, as one float64 vector."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1), nn.Flatten(0))
     plan = LocalPlan(
         clip=CLIP,
-        noise_multiplier=sigma,
+        lattice=lattice(sigma) if sigma else None,
         sample_rate=0.5,
         expected_batch=BATCH,
         steps=steps,
@@ -74,11 +87,16 @@ def accepted(residual_L, std):
     return low < statistic < high
 
 
-STATED = SIGMA * CLIP / BATCH
+STATED = lattice(SIGMA).share / lattice(SIGMA).scale / BATCH
+
+
+def test_the_stated_deviation_is_hardly_more_than_the_gaussians():
+    """Of the noise, what integers cost is below 2 %."""
+    assert SIGMA * CLIP / BATCH < STATED < 1.02 * SIGMA * CLIP / BATCH
 
 
 def test_the_noise_has_the_stated_deviation(records):
-    """noise_multiplier * clip on the sum, so that over the public divisor on the update."""
+    """The share over the scale on the sum, so that over the public divisor on the update."""
     assert accepted(residual(records, SIGMA), STATED)
 
 
@@ -132,4 +150,6 @@ def test_coordinates_are_independent(nobody):
 
 def test_noise_does_not_touch_the_sampling(records):
     """The second step samples the units that it would without noise, or faint noise would drown in them."""
-    assert accepted(residual(records, 0.01, steps=2), np.sqrt(2) * 0.01 * CLIP / BATCH)
+    assert accepted(
+        residual(records, 0.01, steps=2), np.sqrt(2) * lattice(0.01).share / lattice(0.01).scale / BATCH
+    )

@@ -9,7 +9,7 @@ from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.privacy import Gaussian, calibrate, epsilon, epsilon_by_step
+from lepton_fl.privacy import Gaussian, calibrate, epsilon
 
 # (sampling rate, noise multiplier, steps, delta)
 GRID = [
@@ -149,17 +149,6 @@ def test_a_smaller_delta_needs_a_larger_epsilon():
     one = [event(0.05, 1.0, 100)]
 
     assert epsilon(one, 1e-5) < epsilon(one, 1e-6)
-
-
-def test_epsilon_by_step_is_epsilon_of_so_many_steps():
-    """The figures of a plot are those of the gate."""
-    run = event(0.05, 1.0, 100)
-
-    assert epsilon_by_step(run, 1e-5, [0, 10, 100]) == [
-        0.0,
-        epsilon([event(0.05, 1.0, 10)], 1e-5),
-        epsilon([run], 1e-5),
-    ]
 
 
 @pytest.mark.parametrize(

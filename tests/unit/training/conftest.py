@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.tasks import arrays_of
 from lepton_fl.tasks.task import BINARY
 from lepton_fl.training import LocalPlan, LocalUpdate, SimulationNoise, train_locally
@@ -50,14 +51,28 @@ def one_hot() -> Callable[[int], Records]:
     return make
 
 
+def lattice_of(noise_multiplier: float, clip: float) -> Lattice | None:
+    """For a model of a few hundred parameters."""
+    if not noise_multiplier:
+        return None
+    return Lattice.of(
+        clip=clip,
+        noise_multiplier=noise_multiplier,
+        coordinates=300,
+        cohort=1,
+        shares=1,
+        expected_batch=10.0,
+    )
+
+
 @pytest.fixture
 def plan() -> Callable[..., LocalPlan]:
     """One step over all units, clipped, without noise; SGD at rate 1, so that delta = -sum / batch."""
 
-    def make(**changes: Any) -> LocalPlan:
+    def make(*, noise_multiplier: float = 0.0, **changes: Any) -> LocalPlan:
         usual: dict[str, Any] = {
             "clip": 0.5,
-            "noise_multiplier": 0.0,
+            "lattice": lattice_of(noise_multiplier, clip=changes.get("clip", 0.5)),
             "sample_rate": 1.0,
             "expected_batch": 10.0,
             "steps": 1,

@@ -4,15 +4,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from lepton_fl.errors import ConfigError, ProtocolError
-from lepton_fl.privacy import Gaussian, Guarantee
+from lepton_fl.privacy import Guarantee
+from lepton_fl.privacy.lattice import SLACK, Lattice
 from lepton_fl.tasks import arrays_of, load_arrays
 from lepton_fl.tasks.task import BINARY
 from lepton_fl.training import LocalPlan, LocalUpdate, SimulationNoise, UnseededNoise, train_locally
 from lepton_fl.training.local import NO_CLIP
+
+
+def lattice_of(noise_multiplier, clip):
+    """Of a model of a few hundred parameters."""
+    return Lattice.of(
+        clip=clip,
+        noise_multiplier=noise_multiplier,
+        coordinates=300,
+        cohort=1,
+        shares=1,
+        expected_batch=10.0,
+    )
 
 
 def sampled(train, make_model, records, step, rounds):
@@ -147,7 +159,7 @@ def test_the_same_seed_gives_the_same_update(make_model, make_records, plan, tra
 def test_each_party_purpose_round_and_seed_has_its_own_stream():
     """Equal noise at two sites, in two rounds or in two studies would cancel out of a difference."""
     streams = {
-        tuple(torch.rand(4, generator=SimulationNoise(seed, party).of(study).torch(purpose, round)).tolist())
+        SimulationNoise(seed, party).of(study).key(purpose, round)
         for seed in (0, 1)
         for party in ("north", "south")
         for study in ("s", "t")
@@ -162,9 +174,7 @@ def test_unseeded_noise_never_repeats():
     """Each stream is seeded by the operating system, that of one name asked for twice too."""
     noise = UnseededNoise().of("s")
 
-    one, other = (torch.rand(4, generator=noise.torch("noise", 1)) for _ in range(2))
-
-    assert not torch.equal(one, other)
+    assert noise.key("noise", 1) != noise.key("noise", 1)
 
 
 # --- what may be trained, and what is left ---
@@ -242,15 +252,16 @@ def test_a_model_is_trained_round_after_round(make_model, make_records, plan, tr
 def test_lockstep_sends_the_gradient(make_study):
     """The optimizer and its rate are the server's: a site's delta is minus its gradient."""
     study = make_study(train={"optimizer": "adam", "lr": 0.3})
-    plan = LocalPlan.of(study, Guarantee.of(study))
+    plan = LocalPlan.of(study, Guarantee.of(study), coordinates=100)
 
-    assert (plan.optimizer, plan.lr, plan.steps) == ("sgd", 1.0, 1)
+    assert plan.gradient_only
+    assert plan.steps == 1
 
 
 def test_fedavg_trains_with_the_studys_optimizer(make_study):
     """Each site takes the study's steps at the study's rate."""
     study = make_study(train={"strategy": "fedavg", "optimizer": "adam", "lr": 0.3, "local_steps": 4})
-    plan = LocalPlan.of(study, Guarantee.of(study))
+    plan = LocalPlan.of(study, Guarantee.of(study), coordinates=100)
 
     assert (plan.optimizer, plan.lr, plan.steps) == ("adam", 0.3, 4)
 
@@ -259,26 +270,28 @@ def test_local_noise_is_the_guarantees(make_study):
     """Rate, clip and noise are those that were accounted for."""
     study = make_study(privacy={"clip": 0.25})
     guarantee = Guarantee.of(study)
-    plan = LocalPlan.of(study, guarantee)
+    plan = LocalPlan.of(study, guarantee, coordinates=100)
 
-    assert plan.noise_multiplier == guarantee.event.noise_multiplier > 0
+    assert plan.lattice == guarantee.lattice(coordinates=100, cohort=1)
+    event = guarantee.discrete(plan.lattice, sampler_distance=2.0**-90)
+    assert event.noise_multiplier == pytest.approx(guarantee.event.noise_multiplier, abs=1e-6)
     assert (plan.clip, plan.sample_rate, plan.expected_batch) == (0.25, 0.1, 20.0)
 
 
 def test_shared_noise_is_not_the_trainings_to_add_but_clipping_is(make_study):
     """It is added to the encoded sum; the bound on a unit is kept here."""
     study = make_study(privacy={"noise": "shared", "clip": 0.25})
-    plan = LocalPlan.of(study, Guarantee.of(study))
+    plan = LocalPlan.of(study, Guarantee.of(study), coordinates=100)
 
-    assert (plan.noise_multiplier, plan.clip) == (0.0, 0.25)
+    assert (plan.lattice, plan.clip) == (None, 0.25)
 
 
 def test_without_noise_nothing_is_clipped(make_study):
     """`none` is the comparison without privacy."""
     study = make_study(privacy={"noise": "none", "epsilon": None, "delta": None, "clip": 0.25})
-    plan = LocalPlan.of(study, Guarantee.of(study))
+    plan = LocalPlan.of(study, Guarantee.of(study), coordinates=100)
 
-    assert (plan.noise_multiplier, plan.clip) == (0.0, NO_CLIP)
+    assert (plan.lattice, plan.clip) == (None, NO_CLIP)
 
 
 def test_an_undeclared_batch_is_refused(make_study):
@@ -286,7 +299,7 @@ def test_an_undeclared_batch_is_refused(make_study):
     study = make_study(train={"expected_batch": None})
 
     with pytest.raises(ConfigError, match="expected_batch is not declared"):
-        LocalPlan.of(study, Guarantee.of(study))
+        LocalPlan.of(study, Guarantee.of(study), coordinates=100)
 
 
 def test_an_update_states_the_plan_that_ran(make_model, make_records, plan, train):
@@ -294,11 +307,12 @@ def test_an_update_states_the_plan_that_ran(make_model, make_records, plan, trai
     step = plan(noise_multiplier=1.5, sample_rate=0.5, steps=2)
     update = train(make_model(), make_records([1] * 5), step)
 
-    assert (update.steps, update.sampling_rate, update.noise_multiplier, update.clip) == (2, 0.5, 1.5, 0.5)
+    assert (update.steps, update.sampling_rate, update.lattice, update.clip) == (2, 0.5, step.lattice, 0.5)
     assert {value.dtype for value in update.delta.values()} == {np.dtype(np.float32)}
 
 
-CHARGED = Gaussian(noise_multiplier=1.0, sampling_rate=0.1, steps=2)
+LATTICE = lattice_of(1.0, clip=0.5)
+CHARGED = LATTICE.event(sampling_rate=0.1, steps=2, sampler_distance=2.0**-90)
 
 
 @pytest.mark.parametrize(
@@ -308,27 +322,71 @@ CHARGED = Gaussian(noise_multiplier=1.0, sampling_rate=0.1, steps=2)
         ({"steps": 1}, True),
         ({"steps": 3}, False),
         ({"sampling_rate": 0.11}, False),
-        ({"noise_multiplier": 1.1}, True),
-        ({"noise_multiplier": 0.99}, False),
-        ({"noise_multiplier": float("nan")}, False),
+        ({"lattice": lattice_of(1.1, clip=0.5)}, True),
+        ({"lattice": lattice_of(0.99, clip=0.5)}, False),
+        ({"lattice": replace(LATTICE, scale=2 * LATTICE.scale)}, False),
+        ({"lattice": None}, False),
         ({"clip": 0.6}, False),
     ],
-    ids=str,
+    ids=lambda given: str(given)[:30],
 )
 def test_what_ran_is_within_what_was_charged(ran, within):
     """More steps, a higher rate, less noise or a wider clip than charged are not."""
-    usual = {"delta": {}, "steps": 2, "sampling_rate": 0.1, "noise_multiplier": 1.0, "clip": 0.5}
+    usual = {"delta": {}, "steps": 2, "sampling_rate": 0.1, "lattice": LATTICE, "clip": 0.5}
     update = LocalUpdate(**{**usual, **ran})
 
-    assert update.is_within(CHARGED, clip=0.5, local_noise=True) is within
+    assert update.is_within(CHARGED, local_noise=True) is within
 
 
 def test_noise_that_is_not_the_sites_to_add_is_not_asked_of_it():
     """Under shared noise the site's own training adds none; the rest is checked all the same."""
-    update = LocalUpdate(delta={}, steps=2, sampling_rate=0.1, noise_multiplier=0.0, clip=0.5)
+    update = LocalUpdate(delta={}, steps=2, sampling_rate=0.1, lattice=None, clip=0.5)
 
-    assert update.is_within(CHARGED, clip=0.5, local_noise=False)
-    assert not update.is_within(CHARGED, clip=0.4, local_noise=False)
+    assert update.is_within(CHARGED, local_noise=False)
+    assert not update.is_within(replace(CHARGED, clip=0.4), local_noise=False)
+
+
+def test_a_whole_gradient_keeps_its_digits(make_model, make_records, plan, train):
+    """What secure aggregation rounds to its own integers must not have been rounded before."""
+    records = make_records([1] * 40)
+    steps = plan(expected_batch=3.0)
+
+    whole, stepped = (
+        train(make_model(), records, replace(steps, gradient_only=only)).delta for only in (True, False)
+    )
+
+    for name in whole:
+        assert whole[name].dtype == np.float64
+        np.testing.assert_allclose(whole[name], stepped[name], rtol=0, atol=1e-6)
+
+
+def test_a_noisy_gradient_lies_on_the_lattice(make_model, make_records, plan, train):
+    """Integers over the scale, whatever the records are: nothing is in the last bits (Mironov 2012)."""
+    step = plan(noise_multiplier=1.0, gradient_only=True)
+
+    delta = train(make_model(4, [3]), make_records([1] * 40), step).delta
+
+    integers = [value * step.expected_batch * step.lattice.scale for value in delta.values()]
+    for found in integers:
+        np.testing.assert_allclose(found, np.round(found), rtol=0, atol=1e-6)
+
+
+def test_adding_a_unit_moves_a_sum_by_its_clip(make_model, make_records, plan, train):
+    """To far better than the slack that the noise allows for: sums are in float64."""
+    many = make_records([1] * 3000)
+    many.x_NF *= 1000
+    step = plan(gradient_only=True, clip=1e-3, expected_batch=1.0)
+
+    def total(units):
+        fewer = replace(many, x_NF=many.x_NF[:units], y_N=many.y_N[:units], unit_N=many.unit_N[:units])
+        fewer.units = units
+        delta = train(make_model(), fewer, step).delta
+        return np.concatenate([value.ravel() for value in delta.values()])
+
+    for units in (2999, 2000, 65):
+        moved = np.linalg.norm(total(units) - total(units - 1))
+
+        assert moved <= 1e-3 * (1 + SLACK / 4)
 
 
 # --- the proximal term ---
@@ -396,7 +454,7 @@ def test_the_pull_is_the_studys(make_study):
     prox = make_study(train={"strategy": "fedprox", "proximal_mu": 0.25, "local_steps": 3})
     plain = make_study(train={"strategy": "fedavg", "local_steps": 3})
 
-    found = [LocalPlan.of(study, Guarantee.of(study)) for study in (prox, plain)]
+    found = [LocalPlan.of(study, Guarantee.of(study), coordinates=100) for study in (prox, plain)]
 
     assert found == [replace(found[1], proximal_mu=0.25), found[1]]
     assert found[1].proximal_mu == 0.0
