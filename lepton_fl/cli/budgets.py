@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lepton_fl.cli.terminal import print_table
 from lepton_fl.errors import ConfigError, PolicyRefused
+from lepton_fl.files import lock
 from lepton_fl.privacy import AnyLedger, Charge, Guarantee, Ledger, RehearsalLedger
-from lepton_fl.privacy.ledger import Spent
+from lepton_fl.privacy.ledger import Head, Recovered, Renewal, Spent, recover
+from lepton_fl.privacy.ledger.chain import Custody
+from lepton_fl.privacy.ledger.receipts import NO_ENTRY, from_file
+from lepton_fl.secagg.identity import IdentityKey
 from lepton_fl.site.config import files_of
-from lepton_fl.site.policy import Policy, admit_study, load_policy
+from lepton_fl.site.policy import Policy, admit_study, load_policy, may_release
 from lepton_fl.study import Study
 
 
@@ -33,41 +39,47 @@ class SiteBudget:
         return self.policy.budget.epsilon_total
 
     def ledger(self) -> AnyLedger:
-        """The site's ledger; where there is none yet, an empty one that is not written."""
-        return Ledger(self.ledger_file) if self.ledger_file.exists() else RehearsalLedger()
+        """The site's ledger, verified; where there was never one, an empty one that is not written."""
+        there = self.ledger_file.exists() or Custody(self.ledger_file).of_a_ledger() is not None
+        return Ledger(self.ledger_file) if there else RehearsalLedger()
+
+    def read(self) -> Reading:
+        """What the ledger says of the data set now."""
+        with closing(self.ledger()) as ledger:
+            return Reading(
+                spent=ledger.spent(self.data_set, self.policy.budget.delta_total),
+                studies=ledger.studies(self.data_set),
+                renewals=ledger.data_set(self.data_set).renewals,
+                lost=ledger.lost(),
+                head=ledger.head() if isinstance(ledger, Ledger) else NO_ENTRY,
+                key=ledger.key.hex() if isinstance(ledger, Ledger) else "",
+            )
 
     def spent(self) -> float:
         """Epsilon at delta_total over all studies on the data set."""
-        ledger = self.ledger()
-        try:
-            return ledger.spent(self.data_set, self.policy.budget.delta_total)
-        finally:
-            ledger.close()
-
-    def studies(self) -> list[Spent]:
-        ledger = self.ledger()
-        try:
-            return ledger.studies(self.data_set)
-        finally:
-            ledger.close()
+        return self.read().spent
 
     def history(self) -> list[dict[str, object]]:
-        ledger = self.ledger()
-        try:
+        with closing(self.ledger()) as ledger:
             return ledger.history(self.data_set)
-        finally:
-            ledger.close()
 
     def as_json(self) -> dict[str, object]:
-        spent = self.spent()
+        found = self.read()
         return {
             "site": self.site,
             "data_set": self.data_set,
             "units": list(self.policy.require.privacy_units),
-            "epsilon_spent": spent,
+            "epsilon_spent": found.spent,
             "epsilon_allowed": self.allowed,
-            "epsilon_left": max(0.0, self.allowed - spent),
+            "epsilon_left": max(0.0, self.allowed - found.spent),
             "delta_total": self.policy.budget.delta_total,
+            "renewals": found.renewals,
+            "ledger": {
+                "entries": found.head.counter,
+                "head": found.head.digest.hex(),
+                "key": found.key,
+                "entries_lost": found.lost,
+            },
             "studies": [
                 {
                     "study": s.study,
@@ -78,9 +90,21 @@ class SiteBudget:
                     "rounds": s.rounds,
                     "last": s.last,
                 }
-                for s in self.studies()
+                for s in found.studies
             ],
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A verified ledger, as far as one data set is concerned."""
+
+    spent: float
+    studies: list[Spent]
+    renewals: int
+    lost: int
+    head: Head
+    key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,15 +147,16 @@ def budgets(places: list[Path] | None, config: Path | None) -> list[SiteBudget]:
 
 def _at(place: Path) -> list[SiteBudget]:
     if not place.is_dir() or (place / "site.toml").exists() or (place / "policy.toml").exists():
-        return [_of(place)]
+        return [budget_at(place)]
     # A quickstart's or a run's folder keeps its sites one level further down.
     found = sorted(place.glob("*/policy.toml")) or sorted(place.glob("sites/*/policy.toml"))
     if not found:
         raise ConfigError(f"{place}: holds no policy.toml, nor SITE/policy.toml")
-    return [_of(path) for path in found]
+    return [budget_at(path) for path in found]
 
 
-def _of(place: Path) -> SiteBudget:
+def budget_at(place: Path) -> SiteBudget:
+    """The budget of the one site at `place`: its site.toml, its policy.toml, or their folder."""
     files = files_of(place)
     return SiteBudget(
         site=files.name,
@@ -147,7 +172,8 @@ def plan_run(budget: SiteBudget, study: Study) -> RunPlan:
     Raises:
         ConfigError: the study adds no noise.
     """
-    event = Guarantee.of(study).round_event
+    guarantee = Guarantee.of(study)
+    event = guarantee.round_event
     if event is None or study.privacy.delta is None:
         raise ConfigError(f"study {study.study.name}: adds no noise, so no budget would cover it")
     charge = Charge(
@@ -161,19 +187,21 @@ def plan_run(budget: SiteBudget, study: Study) -> RunPlan:
         delta=study.privacy.delta,
         fingerprint="",
     )
+    beside = None
+    if guarantee.metrics is not None and may_release(budget.policy, study):
+        beside = replace(charge, round=study.evaluation_round, event=guarantee.metrics, clip=1.0)
     rounds, limits = study.train.charged_rounds, budget.policy.budget
-    ledger = budget.ledger()
-    try:
+    with closing(budget.ledger()) as ledger:
         before = ledger.spent(budget.data_set, limits.delta_total)
-        after = ledger.would_spend(charge, rounds=rounds, data_set=budget.data_set, delta=limits.delta_total)
+        after = ledger.would_spend(
+            charge, rounds=rounds, data_set=budget.data_set, delta=limits.delta_total, beside=beside
+        )
         reason, file = "", str(budget.policy_file)
         try:
             admit_study(budget.policy, study, cohort=None, file=file, approvals=None)
-            ledger.reserve(charge, rounds=rounds, budget=budget.policy.ledger_budget(file))
+            ledger.reserve(charge, rounds=rounds, budget=budget.policy.ledger_budget(file), beside=beside)
         except PolicyRefused as error:
             reason = error.message
-    finally:
-        ledger.close()
     return RunPlan(
         site=budget.site,
         before=before,
@@ -184,20 +212,76 @@ def plan_run(budget: SiteBudget, study: Study) -> RunPlan:
     )
 
 
+def renew(budget: SiteBudget, officer: Path, reason: str) -> Renewal:
+    """Begin the budget of a site's data set anew, signed with the key in the officer's file.
+
+    Raises:
+        ConfigError: policy.toml names no officer, or the key cannot be read.
+        PolicyRefused: the key is another's.
+    """
+    from lepton_fl.fleet.pki.authority import read_secret
+
+    declared = budget.policy.budget.officer_key
+    if declared is None:
+        raise ConfigError.at(
+            str(budget.policy_file),
+            "budget.officer_key",
+            found=None,
+            allowed="the public key of the privacy officer, who alone may renew a budget",
+            fix="lepton-fl budget officer-key FILE, and put what it prints under [budget]",
+        )
+    key = IdentityKey.read(read_secret(officer))
+    if not budget.ledger_file.exists():
+        raise ConfigError(f"{budget.ledger_file}: there is no ledger yet, so there is nothing to renew")
+    with closing(Ledger(budget.ledger_file)) as ledger:
+        renewal = Renewal.sign(
+            key,
+            ledger=ledger.key,
+            data_set=budget.data_set,
+            number=ledger.data_set(budget.data_set).renewals + 1,
+            reason=reason,
+        )
+        ledger.renew(renewal, officer=bytes.fromhex(declared))
+    return renewal
+
+
+def recover_ledger(budget: SiteBudget, files: list[Path], *, accept_loss: bool) -> Recovered:
+    """Have a site's ledger go on after a loss, charged for what the receipts in `files` show.
+
+    Raises:
+        ConfigError: the site's agent is running.
+        PolicyRefused: the receipts do not explain all that is lost.
+    """
+    from lepton_fl.fleet.agent.local import LOCK
+
+    given = [receipt for file in files for receipt in from_file(file)]
+    folder = budget.ledger_file.parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle = lock(folder / LOCK)
+    if handle is None:
+        raise ConfigError(f"{folder}: the site's agent is running", fix="lepton-fl client stop -c site.toml")
+    try:
+        return recover(budget.ledger_file, given, site=budget.site, accept_loss=accept_loss)
+    finally:
+        os.close(handle)
+
+
 def show(found: list[SiteBudget]) -> None:
     """Two tables: by site, and by study where anything was spent."""
     rows, by_study = [], []
     for budget in found:
-        spent = budget.spent()
+        read = budget.read()
+        there = read.head.counter > 0
         rows.append(
             (
                 budget.site,
                 budget.data_set,
-                _up(spent) if budget.ledger_file.exists() else "no ledger yet",
+                _up(read.spent) if there else "no ledger yet",
                 f"{budget.allowed:g}",
-                f"{max(0.0, budget.allowed - float(_up(spent))):.3f}",
+                f"{max(0.0, budget.allowed - float(_up(read.spent))):.3f}",
                 f"{budget.policy.budget.delta_total:g}",
                 ", ".join(budget.policy.require.privacy_units),
+                _custody(read) if there else "",
             )
         )
         by_study += [
@@ -210,11 +294,11 @@ def show(found: list[SiteBudget]) -> None:
                 str(s.rounds),
                 s.last[:19],
             )
-            for s in budget.studies()
+            for s in read.studies
         ]
     print_table(
         "Privacy budget per unit, over all studies on each data set",
-        ("site", "data set", "epsilon spent", "allowed", "left", "delta", "unit"),
+        ("site", "data set", "epsilon spent", "allowed", "left", "delta", "unit", "ledger"),
         rows,
         right=(2, 3, 4),
     )
@@ -227,11 +311,31 @@ def show(found: list[SiteBudget]) -> None:
         )
 
 
+def _custody(read: Reading) -> str:
+    """The state of a ledger's chain, in a few words."""
+    said = [f"verified, {read.head.counter} entries"]
+    if read.renewals:
+        said.append(f"renewed {read.renewals} times")
+    if read.lost:
+        said.append(f"{read.lost} entries lost")
+    return "; ".join(said)
+
+
 def show_history(found: list[SiteBudget]) -> None:
     """A table for each site: every charge, oldest first."""
-    names = ("at", "study_name", "run", "round", "noise_multiplier", "sampling_rate", "steps", "unit")
+    common = ("seq", "at", "study_name", "run", "round", "mechanism")
+    other = {*common, "data_set", "study", "unit", "outcome", "delta", "clip", "fingerprint"}
     for budget in found:
-        rows = [[str(charge[name])[:32] for name in names] for charge in budget.history()]
+        rows = [
+            [
+                *(str(charge[name])[:32] for name in common),
+                ", ".join(f"{name} {value}" for name, value in charge.items() if name not in other),
+                str(charge["unit"]),
+                str(charge["outcome"]),
+            ]
+            for charge in budget.history()
+        ]
+        names = (*common, "parameters", "unit", "outcome")
         print_table(f"{budget.site}: data set {budget.data_set}", names, rows)
 
 

@@ -49,6 +49,7 @@ def site(home, n, after):
     ledger._db = Fatal(ledger._db, n, after)
     for round in (1, 2, 3):
         ledger.charge(charge(round), rounds=3, budget=BUDGET)
+        ledger.commit("d", run="r", round=round, sha256=bytes(32))
         with (home / "released").open("a") as released:
             released.write(f"{round}\\n")
     os._exit(0)
@@ -66,6 +67,68 @@ while True:
     if ends == [0, 0]:
         break
 print(n)
+"""
+
+CUT_DOWN = """
+import time
+import numpy as np
+
+QUIET = Gaussian(noise_multiplier=500.0, sampling_rate=0.01, steps=1)
+RNG = np.random.default_rng(5)
+path, sent = FOLDER / "ledger.db", FOLDER / "released"
+sent.touch()
+lives = []
+for attempt in range(15):
+    if (child := os.fork()) == 0:
+        ledger, out = Ledger(path), os.open(sent, os.O_WRONLY | os.O_APPEND)
+        last = max((row["round"] for row in ledger.history("d")), default=0)
+        while True:
+            last += 1
+            ledger.charge(replace(charge(last), event=QUIET), rounds=100_000, budget=BUDGET)
+            ledger.commit("d", run="r", round=last, sha256=bytes(32))
+            os.write(out, f"{last}\\n".encode())
+    # Some die while they open it, and the others at some moment of a round.
+    goal, until = len(sent.read_text().split()) + RNG.integers(0, 4), time.monotonic() + 20
+    while len(sent.read_text().split()) < goal and time.monotonic() < until:
+        time.sleep(0.001)
+    time.sleep(RNG.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    ledger = Ledger(path)
+    rows = {row["round"]: row["outcome"] for row in ledger.history("d")}
+    released = [int(line) for line in sent.read_text().split()]
+    lives.append([len(rows), len(released), sum(rows.get(round) == "released" for round in released)])
+    ledger.close()
+print(json.dumps(lives))
+"""
+
+TOGETHER = """
+# Composed once, here: the forks have it in their cache.
+for steps in (1, 2, 3):
+    epsilon([replace(STEP, steps=steps)], 1e-5)
+results = []
+for attempt in range(5):
+    path = FOLDER / str(attempt) / "ledger.db"
+    path.parent.mkdir()
+    start, go = os.pipe()
+    children = []
+    for run in ("a", "b", "c"):
+        if (child := os.fork()) == 0:
+            os.close(go)
+            os.read(start, 1)
+            try:
+                Ledger(path).charge(charge(1, run), rounds=1, budget=BUDGET)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    os.close(start)
+    os.close(go)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    ledger = Ledger(path)
+    results.append([codes, ledger.head().counter])
+    ledger.close()
+print(json.dumps(results))
 """
 
 RACE = """
@@ -137,6 +200,21 @@ def test_some_died_between_charge_and_release(killed):
             wasted += len(ledger.history("d")) == len(released) + 1
 
     assert wasted >= 3
+
+
+def test_three_processes_begin_one_ledger(tmp_path):
+    """At once, where there is none: one key, one first entry, and each one's charge."""
+    assert json.loads(run(TOGETHER, tmp_path)) == [[[0, 0, 0], 4]] * 5
+
+
+def test_a_site_that_is_cut_down_again_and_again(tmp_path):
+    """SIGKILL at moments that nobody chose, fifteen times on one ledger: all that left is in it."""
+    lives = json.loads(run(CUT_DOWN, tmp_path))
+    charged, released, committed = lives[-1]
+
+    assert released > 10
+    for charged, released, committed in lives:
+        assert committed == released <= charged <= released + len(lives)
 
 
 def test_two_processes_cannot_both_take_the_last_round(tmp_path):

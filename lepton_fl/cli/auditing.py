@@ -1,0 +1,83 @@
+"""Ledgers verified offline, for `lepton-fl audit verify`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lepton_fl.cli.budgets import SiteBudget, budgets
+from lepton_fl.privacy.ledger.audit import Audited, audit, check_limits
+from lepton_fl.privacy.ledger.receipts import from_file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """A ledger of which nothing is wrong."""
+
+    audited: Audited
+    policy: str
+    """Whose limits the sums were held against; empty where only the ledger was given."""
+
+    @property
+    def rounds(self) -> list[str]:
+        """What became of each round that was charged, over all data sets."""
+        book = self.audited.book
+        return [
+            round.outcome
+            for data_set in book.data_sets
+            for rounds in book.of(data_set).rounds.values()
+            for round in rounds.values()
+        ]
+
+    def as_json(self) -> dict[str, object]:
+        book = self.audited.book
+        return {
+            "ledger": str(self.audited.path),
+            "entries": book.head.counter,
+            "head": book.head.digest.hex(),
+            "key": book.key.hex(),
+            "data_sets": list(book.data_sets),
+            "rounds_charged": len(self.rounds),
+            "rounds_released": self.rounds.count("released"),
+            "rounds_recovered": self.rounds.count("recovered"),
+            "entries_lost": book.lost,
+            "renewals": len(self.audited.renewals),
+            "compared_with": list(self.audited.compared),
+            "policy": self.policy or None,
+        }
+
+    def as_row(self) -> tuple[str, ...]:
+        book = self.audited.book
+        return (
+            str(self.audited.path),
+            str(book.head.counter),
+            book.head.digest.hex()[:16],
+            book.key.hex()[:16],
+            str(len(self.rounds)),
+            str(self.rounds.count("released")),
+            ", ".join(self.audited.compared) or "nothing beside it",
+            f"within {self.policy}" if self.policy else "none given",
+        )
+
+
+def verify(place: Path, files: list[Path], key: bytes | None) -> list[Verified]:
+    """Verify the ledger at `place`, or those of the sites there, against their policies.
+
+    Raises:
+        VerificationFailed: the first entry that is wrong.
+        ConfigError: there is no ledger.
+    """
+    given = [receipt for file in files for receipt in from_file(file)]
+    if place.is_file() and place.suffix != ".toml":
+        return [Verified(audited=audit(place, given=given, key=key), policy="")]
+    return [_of(budget, audit(budget.ledger_file, given=given, key=key)) for budget in budgets([place], None)]
+
+
+def _of(budget: SiteBudget, audited: Audited) -> Verified:
+    officer = budget.policy.budget.officer_key
+    check_limits(
+        audited,
+        budget.policy.ledger_budget(str(budget.policy_file)),
+        officer=None if officer is None else bytes.fromhex(officer),
+    )
+    return Verified(audited=audited, policy=str(budget.policy_file))
