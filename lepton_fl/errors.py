@@ -50,6 +50,10 @@ class ConfigError(LeptonError):
         return cls(f"{file}: {key}: found {found!r}, allowed: {allowed}", fix=fix)
 
 
+class Unwritable(ConfigError):
+    """The machine refuses a file for now: its disk is full or read-only, or another process holds it."""
+
+
 class DataError(LeptonError):
     """A site's table breaks the schema contract. Names columns and counts, never a value."""
 

@@ -27,8 +27,13 @@ from flwr.app import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from lepton_fl.errors import AlreadyCharged, BadReply, BadRequest, LeptonError
+from lepton_fl.errors import AlreadyCharged, BadReply, BadRequest, LeptonError, Unwritable
+from lepton_fl.secagg.errors import SERVER, BadPhase, Phase, SecaggError
+from lepton_fl.secagg.masks import Words
+from lepton_fl.secagg.messages import MaskedUpdate, to_wire
+from lepton_fl.secure_rounds import EVALUATE_SUM, TRAIN_SUM
 from lepton_fl.study import NAME_PATTERN, Study, parse_canonical
+from lepton_fl.tasks.arrays import MAX_MAGNITUDE, Arrays, check_like
 
 # Flower logs each step of each round at INFO, to the console.
 logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -36,16 +41,29 @@ logging.getLogger("flwr").setLevel(logging.WARNING)
 ARRAYS = "arrays"
 CONFIG = "config"
 METRICS = "metrics"
+COUNTS = "counts"
+"""The array of a histogram of scores, and of the sum of all sites'."""
 WEIGHT = "num-examples"
 """Flower's key for a reply's weight. Always the public constant 1: a count would be an un-noised release."""
 ROUND = "server-round"
 MEMBERS = "members"
 """On the reply of a summing grid only: the node ids whose updates are in it."""
 
+SECAGG = "secagg"
+"""The record that messages of a secure round carry, and their replies."""
+
 JOIN = "query.join"
 TRAIN = "train"
 EVALUATE = "evaluate"
+SUMS = {TRAIN: TRAIN_SUM, EVALUATE: EVALUATE_SUM}
+"""What the messages that begin a secure round add up."""
+PHASES: dict[Phase, str] = {
+    phase: f"query.secagg_{phase.value}" for phase in Phase if phase is not Phase.OVER
+}
+"""The message type of each exchange. The first is asked with TRAIN or EVALUATE already; its own type asks for
+it again, in another attempt."""
 
+_WORDS = "words"
 _TASK = 1
 """Flower draws the task ids of its own processes at random, from 64 bits."""
 _ERROR_BASE = 1000
@@ -54,10 +72,13 @@ _INTERNAL = _ERROR_BASE + 1
 SITS_OUT = _ERROR_BASE + 50
 """Code of a reply that gives nothing for this round, and may for the next: beyond the exit codes, since those
 of refusals are for good."""
+_BLAMELESS = SITS_OUT + 1
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 _MAX_STUDY = 4 << 20
 """Bytes. A study of ten thousand columns has about one million."""
 _MAX_COHORT = 10_000
+_MAX_BODY = 16 << 20
+"""Bytes of a secure exchange, the vector aside. LSA1-PQ among ten thousand sites has about two million."""
 _MAX_REASON = 200
 
 # Exactly what numpy itself writes for a number type, format 1.0. Its own reader evaluates the header as a
@@ -67,6 +88,24 @@ _NPY = re.compile(
     rb"'fortran_order': False, 'shape': (?P<shape>\([0-9, ]{0,200}\)), \} *\n)",
     re.DOTALL,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecureRequest:
+    """What a message asks of a site in a secure round, beside its assignment."""
+
+    kind: str
+    """What is added up."""
+    attempt: int
+    roster: int
+    """The version that the server goes by."""
+    body: bytes = b""
+    """The protocol's request; empty where a site is asked to advertise."""
+
+    def record(self) -> ConfigRecord:
+        return ConfigRecord(
+            {"kind": self.kind, "attempt": self.attempt, "roster": self.roster, "body": self.body}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,11 +181,84 @@ def read_assignment(message: Message) -> Assignment:
     if len(cohort) > _MAX_COHORT:
         raise BadRequest(f"message: a cohort of {len(cohort)} sites, at most {_MAX_COHORT} are read")
     names = tuple(str(name) for name in cohort)
+    _check_cohort(names)
+    return Assignment(study=_parsed(canonical, study_id), run=run, round=number, cohort=names)
+
+
+@lru_cache(maxsize=16)
+def _check_cohort(names: tuple[str, ...]) -> None:
+    """Once for a cohort, not once a message: there are as many messages as names."""
     if not all(is_site_name(name) for name in names):
         raise BadRequest("message: the cohort names what is no site")
     if list(names) != sorted(set(names)):
         raise BadRequest("message: the cohort is not sorted, or names a site twice")
-    return Assignment(study=_parsed(canonical, study_id), run=run, round=number, cohort=names)
+
+
+def read_secure(message: Message) -> SecureRequest:
+    """What `message` asks in a secure round.
+
+    Raises:
+        BadRequest: a part is missing or of another type.
+    """
+    record = message.content.config_records.get(SECAGG, ConfigRecord())
+    kind, attempt, roster = record.get("kind"), record.get("attempt"), record.get("roster")
+    body = record.get("body")
+    if not isinstance(kind, str) or not isinstance(body, bytes):
+        raise BadRequest("message: carries no request of a secure round")
+    if len(body) > _MAX_BODY:
+        raise BadRequest(f"message: an exchange of {len(body)} bytes, at most {_MAX_BODY} are read")
+    if type(attempt) is not int or type(roster) is not int or min(attempt, roster) < 1:
+        raise BadRequest("message: carries no attempt of a secure round, or no roster")
+    return SecureRequest(kind=kind, attempt=attempt, roster=roster, body=body)
+
+
+def received(message: Message, template: Arrays) -> Arrays:
+    """The parameters in a message to a site, checked against the study's model.
+
+    Raises:
+        ProtocolError: names, shapes or types are not the model's, or a value is not finite or is enormous.
+            Decided before any record is touched, so that the answer tells nothing of the records.
+    """
+    record = message.content.array_records.get(ARRAYS)
+    if record is None:
+        raise BadRequest("message: carries no parameters")
+    arrays = from_record(record)
+    check_like(arrays, template, limit=MAX_MAGNITUDE)
+    return arrays
+
+
+def secure_reply(message: Message, body: bytes) -> Message:
+    """A site's reply in a secure round."""
+    return Message(RecordDict({SECAGG: ConfigRecord({"body": body})}), reply_to=message)
+
+
+def masked_reply(message: Message, masked: MaskedUpdate) -> Message:
+    """The reply that carries a masked update: the only one of a secure round that carries an array."""
+    header, _ = to_wire(masked)
+    content = RecordDict({SECAGG: ConfigRecord({"body": header})})
+    content[ARRAYS] = to_record({_WORDS: masked.words.astype("<u4", copy=False)})
+    return Message(content, reply_to=message)
+
+
+def read_secure_reply(reply: Message, *, masked: bool = False) -> tuple[bytes, Words]:
+    """Body and masked words of a site's reply; words are a view, and none but where `masked`.
+
+    Raises:
+        BadReply: it holds something else.
+    """
+    content = reply.content
+    body = content.config_records.get(SECAGG, ConfigRecord()).get("body")
+    expected = {SECAGG, ARRAYS} if masked else {SECAGG}
+    if set(content) != expected or not isinstance(body, bytes):
+        raise BadReply("reply: is none of a secure round")
+    if len(body) > _MAX_BODY:
+        raise BadReply(f"reply: an exchange of {len(body)} bytes, at most {_MAX_BODY} are read")
+    if not masked:
+        return body, np.empty(0, np.uint32)
+    arrays = content.array_records.get(ARRAYS)
+    if arrays is None or list(arrays) != [_WORDS]:
+        raise BadReply("reply: does not hold exactly the masked update")
+    return body, from_record(arrays, copy=False)[_WORDS]
 
 
 @lru_cache(maxsize=16)
@@ -213,13 +325,42 @@ def update_reply(
     return Message(content, reply_to=message)
 
 
+def counts_reply(message: Message, counts_2B: np.ndarray, *, members: list[int] | None = None) -> Message:
+    """A reply with a histogram of scores; `members` on a sum over several sites."""
+    content = RecordDict({ARRAYS: to_record({COUNTS: counts_2B})})
+    if members is not None:
+        content[CONFIG] = ConfigRecord({MEMBERS: members})
+    return Message(content, reply_to=message)
+
+
 def error_reply(message: Message, error: LeptonError | None) -> Message:
     """A reply that refuses. Carries the public part of the error only; None is an internal fault."""
     if error is None:
         return Message(Error(_INTERNAL, "internal error at the site"), reply_to=message)
-    own = isinstance(error, AlreadyCharged)
-    code = SITS_OUT if own else _ERROR_BASE + error.exit_code
+    code = SITS_OUT if _passes(error) else _ERROR_BASE + error.exit_code
     return Message(Error(code, error.public), reply_to=message)
+
+
+def _passes(error: LeptonError) -> bool:
+    """Whether a site that refuses so may be in the next round: this one is over, or another is at fault."""
+    if isinstance(error, SecaggError):
+        return error.retry or isinstance(error, BadPhase) or error.culprit not in (None, SERVER)
+    # A disk that is full may have room again.
+    return isinstance(error, AlreadyCharged | Unwritable)
+
+
+def blameless_reply(message: Message, reason: str) -> Message:
+    """A SummingGrid's reply in the name of a site that is not in this round, without a fault of its own."""
+    return Message(Error(_BLAMELESS, as_remark(reason)), reply_to=message)
+
+
+def relayed(reply: Message, message: Message) -> Message:
+    """An error reply to some exchange of a round, as the reply to the message that began the round.
+
+    That it is blameless no site says of itself.
+    """
+    code = SITS_OUT if blameless(reply) else reply.error.code
+    return Message(Error(code, refusal_reason(reply)), reply_to=message)
 
 
 def refusal_reason(reply: Message) -> str:
@@ -266,4 +407,9 @@ def incoming(content: RecordDict, *, kind: str, run: str, message_id: str) -> Me
 
 def sits_out(reply: Message) -> bool:
     """Whether the sender of an error reply refuses this round only, since it took part in it before."""
-    return bool(reply.error.code == SITS_OUT)
+    return bool(reply.error.code in (SITS_OUT, _BLAMELESS))
+
+
+def blameless(reply: Message) -> bool:
+    """Whether a SummingGrid says that the site is not at fault. In a site's own reply it means nothing."""
+    return bool(reply.error.code == _BLAMELESS)

@@ -30,6 +30,11 @@ LOGREG_BELOW_UNITS = 10_000
 MAX_STEPS = 1_000_000
 """Steps of DP-SGD in one study, all rounds together."""
 
+EXACT_BINS = 4096
+"""Bins of a histogram of scores without noise: so many that what is computed from it is close."""
+NOISY_BINS = {"auc": 16, "auprc": 32}
+"""Few, since each has noise of its own; what came closest over simulated scores of 300 to 200,000 records."""
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Positive = Annotated[float, Field(gt=0)]
@@ -120,13 +125,52 @@ class SecureAggregation(Strict):
     colluders: Annotated[int, Field(ge=0)] = 1
     """Members assumed to collude with the server."""
     min_survivors: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
-    """Sites that must still be there at the end of a round."""
+    """Sites that must still be there at the end of a round; of each group, where there are groups."""
+    suite: Literal["LSA1", "LSA1-PQ"] = "LSA1"
+    """LSA1-PQ: masks also hold against a later quantum computer; some 2.5 kB more for each pair of sites."""
+    deadline: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Seconds that sites have for each exchange after training."""
+    group_size: Annotated[int, Field(ge=5)] | None = None
+    """Fewest sites in a group, each of which is summed by itself; drawn anew every round. None: one sum."""
+    combine: Literal["mean", "median", "trimmed-mean", "geometric-median"] = "mean"
+    """What becomes of the groups' means; all but the mean bound what a poisoned group can do."""
+    trim: Annotated[int, Field(ge=1)] | None = None
+    """Of trimmed-mean: groups that are left out at each end, coordinate by coordinate."""
 
     @model_validator(mode="after")
     def _survivors_fit(self) -> SecureAggregation:
-        if isinstance(self.min_survivors, int) and self.min_survivors < self.min_sites:
+        if not isinstance(self.min_survivors, int):
+            return self
+        if self.group_size is None and self.min_survivors < self.min_sites:
             raise ValueError(f"min_survivors = {self.min_survivors} is below min_sites = {self.min_sites}")
+        if self.group_size is not None and not 3 <= self.min_survivors <= self.group_size:
+            raise ValueError(
+                f"min_survivors = {self.min_survivors}: of each group, so 3 to group_size = {self.group_size}"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> SecureAggregation:
+        if (self.trim is not None) != (self.combine == "trimmed-mean"):
+            raise ValueError("trim and combine = 'trimmed-mean' go together: give both or neither")
+        if self.group_size is None:
+            if self.combine != "mean":
+                raise ValueError(f"combine = {self.combine!r} is of groups: it needs group_size")
+            return self
+        if not self.enabled:
+            raise ValueError(f"group_size = {self.group_size} needs enabled = true: groups are summed")
+        if self.min_sites < self.group_size * self.least_groups:
+            raise ValueError(
+                f"min_sites = {self.min_sites} makes {self.min_sites // self.group_size} groups of "
+                f"group_size = {self.group_size}, combine = {self.combine!r} needs {self.least_groups}: "
+                f"allowed from {self.group_size * self.least_groups} on"
+            )
+        return self
+
+    @property
+    def least_groups(self) -> int:
+        """Fewest groups of which `combine` means anything: more than twice those that may be poisoned."""
+        return 1 if self.combine == "mean" else 2 * (self.trim or 1) + 1
 
 
 class EarlyStopping(Strict):
@@ -382,6 +426,17 @@ class Evaluation(Strict):
     cutoff: float | str | None = None
     """A number, or an ISO 8601 date or time (UTC where it names no zone), read as the cells of
     `time_column` are. Public: it comes from the calendar, never from the records."""
+    release: Literal["none", "dp", "exact"] = "none"
+    """What sites release of the result on these records, under secure aggregation: a histogram of scores by
+    label, in one sum over the cohort. dp: with noise. exact: if every site's policy allows it."""
+    share: Fraction | None = None
+    """Of `privacy.epsilon`, for what is released with noise; the noise of training makes room for it."""
+
+    @model_validator(mode="after")
+    def _share_is_of_noise(self) -> Evaluation:
+        if (self.share is not None) != (self.release == "dp"):
+            raise ValueError("release = 'dp' and share go together: give both or neither")
+        return self
 
     @field_validator("cutoff", mode="before")
     @classmethod
@@ -465,7 +520,8 @@ class Study(Strict):
             if self.train.strategy != "lockstep":
                 raise ValueError(
                     f"privacy.noise = 'shared' needs train.strategy = 'lockstep', found "
-                    f"{self.train.strategy!r}: parts of the noise add up only within one step"
+                    f"{self.train.strategy!r}: parts of the noise add up only within one step; else set "
+                    "noise = 'local'"
                 )
             if not self.secure_aggregation.enabled:
                 raise ValueError(
@@ -473,12 +529,23 @@ class Study(Strict):
                     "part of the noise does not protect its update"
                 )
             secure = self.secure_aggregation
-            least = secure.min_sites if secure.min_survivors == "all" else secure.min_survivors
+            least = self.survivors(secure.group_size or secure.min_sites)
             if least <= secure.colluders:
                 raise ValueError(
                     f"privacy.noise = 'shared': secure_aggregation.colluders = {secure.colluders} of "
                     f"{least} sites leaves no honest part of the noise"
                 )
+        release = self.evaluation.release
+        if release != "none" and not self.secure_aggregation.enabled:
+            raise ValueError(
+                f"evaluation.release = {release!r} needs secure_aggregation.enabled = true: without it each "
+                "site's own policy says whether its own figure leaves"
+            )
+        if release == "dp" and self.privacy.noise == "none":
+            raise ValueError(
+                "evaluation.release = 'dp' needs privacy.noise = 'local' or 'shared': 'none' has no epsilon "
+                "of which evaluation.share could be a share"
+            )
         taken = {self.task.target, self.privacy.unit, self.evaluation.time_column}
         if clash := sorted(set(self.features.columns) & taken):
             raise ValueError(
@@ -509,9 +576,31 @@ class Study(Strict):
         return hashlib.sha256(self.canonical).hexdigest()
 
     @property
+    def score_bins(self) -> int:
+        """How many bins the study's histograms of scores have; 0 where it releases none."""
+        match self.evaluation.release:
+            case "exact":
+                return EXACT_BINS
+            case "dp":
+                return NOISY_BINS[self.task.metric]
+            case _:
+                return 0
+
+    @property
     def charged_steps(self) -> int:
         """Steps of DP-SGD at one site that the noise is calibrated for."""
         return self.train.charged_rounds * self.train.local_steps
+
+    @property
+    def evaluation_round(self) -> int:
+        """The number of the one sum of histograms: beyond those of training, and the same whenever asked."""
+        return self.train.charged_rounds + 1
+
+    @property
+    def metrics_epsilon(self) -> float | None:
+        """Epsilon of the histogram of scores, at the study's delta; None where none has noise."""
+        share, epsilon = self.evaluation.share, self.privacy.epsilon
+        return None if share is None or epsilon is None else share * epsilon
 
     @property
     def model_name(self) -> str:
@@ -532,10 +621,24 @@ class Study(Strict):
 
         Not only the smallest cohort: a round that cannot keep its survivors is lost, and charged.
         """
-        return max(self.secure_aggregation.min_sites, self.survivors(cohort))
+        return max(self.secure_aggregation.min_sites, self.quorum(cohort))
 
-    def survivors(self, cohort: int) -> int:
-        """Sites, of a cohort of this size, that a round must keep to be aggregated.
+    def groups(self, cohort: int) -> int:
+        """Sums that a cohort of this size makes."""
+        size = self.secure_aggregation.group_size
+        return 1 if size is None else max(1, cohort // size)
+
+    def least_sums(self, cohort: int) -> int:
+        """Of them, those that a round must have to be aggregated: more than half, and enough to combine."""
+        return max(self.groups(cohort) // 2 + 1, self.secure_aggregation.least_groups)
+
+    def quorum(self, cohort: int) -> int:
+        """Sites, of a cohort of this size, that a round must keep to be aggregated."""
+        size = self.secure_aggregation.group_size
+        return self.survivors(cohort) if size is None else self.least_sums(cohort) * self.survivors(size)
+
+    def survivors(self, sites: int) -> int:
+        """Sites, of so many whose updates become one sum, that must be in it.
 
         `min_survivors` is what secure aggregation needs, and shared noise; without it every update is
         whole by itself, and the smallest cohort is enough.
@@ -543,7 +646,7 @@ class Study(Strict):
         if not self.secure_aggregation.enabled:
             return self.secure_aggregation.min_sites
         wanted = self.secure_aggregation.min_survivors
-        return cohort if wanted == "all" else wanted
+        return sites if wanted == "all" else wanted
 
 
 def load_study(path: Path) -> Study:
@@ -611,6 +714,8 @@ def override(study: Study, changes: dict[str, Any]) -> Study:
     _leave_strategy(raw["train"], changes.get("train.strategy", study.train.strategy))
     if changes.get("privacy.noise") == "none":
         raw["privacy"] = {k: v for k, v in raw["privacy"].items() if k not in ("epsilon", "delta")}
+        if study.evaluation.release == "dp":
+            raw["evaluation"] = {k: v for k, v in raw["evaluation"].items() if k not in ("release", "share")}
     for dotted, value in changes.items():
         *path, last = dotted.split(".")
         table = raw

@@ -3,6 +3,7 @@
 from lepton_fl.federation.app import server_app
 from lepton_fl.federation.grids import SummingGrid
 from lepton_fl.federation.loop import Deadlines, Federation, Observer, RoundReport
+from lepton_fl.federation.secure import SecureGrid
 from lepton_fl.federation.stopping import PublicTable, stopping_of
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Observer",
     "PublicTable",
     "RoundReport",
+    "SecureGrid",
     "SummingGrid",
     "server_app",
     "stopping_of",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
+from lepton_fl.messages import is_reply
+
+log = logging.getLogger(__name__)
 
 
 class OwnGrid(Grid):
@@ -99,3 +104,15 @@ class SummingGrid(WrappingGrid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """One reply with the mean of the accepted updates, then the replies that were refused."""
+
+
+def replies_of(grid: Grid, messages: Sequence[Message], deadline: float) -> Iterator[Message]:
+    """Of what `grid` brings before the deadline: for each message the first that is a reply to it."""
+    waiting = {message.metadata.dst_node_id: message for message in messages}
+    for reply in grid.send_and_receive(messages, timeout=deadline):
+        node = reply.metadata.src_node_id
+        if node in waiting and is_reply(reply, waiting[node]):
+            del waiting[node]
+            yield reply
+        else:
+            log.warning("a message from node %d that nobody asked for is left aside", node)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -23,14 +23,15 @@ from flwr.serverapp import Grid
 
 from lepton_fl.errors import LeptonError, PolicyRefused, ProtocolError, TooFewSites
 from lepton_fl.federation.checkpoint import Checkpoint
-from lepton_fl.federation.grids import CohortGrid, SummingGrid
-from lepton_fl.federation.mean import mean
-from lepton_fl.federation.rounds import NO_ANSWER, Round
+from lepton_fl.federation.combine import combine
+from lepton_fl.federation.grids import CohortGrid, SummingGrid, replies_of
+from lepton_fl.federation.rounds import NO_ANSWER, Round, is_passing, members_of
 from lepton_fl.federation.stopping import PublicTable, Stopping, stopping_of
 from lepton_fl.federation.strategy import Strategy, expect, strategy_of
 from lepton_fl.messages import (
     ARRAYS,
     CONFIG,
+    COUNTS,
     EVALUATE,
     JOIN,
     METRICS,
@@ -39,14 +40,16 @@ from lepton_fl.messages import (
     assignment_config,
     from_record,
     identify,
-    is_reply,
     is_site_name,
     refusal_exit_code,
     refusal_reason,
     to_record,
 )
+from lepton_fl.results import Pooled
+from lepton_fl.secure_rounds import group_sizes, noise_on_counts, quorum_of
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import MAX_MAGNITUDE, Arrays, check_like
+from lepton_fl.tasks.histogram import pooled
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +116,9 @@ class Federation:
     refused: dict[str, str] = field(default_factory=dict)
     """Sites that are out, with the reason they or we gave. One that was silent may come back."""
     released: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Evaluation figures that sites released, by site."""
+    """Evaluation figures that sites released, by site: only without secure aggregation."""
+    pooled: Pooled | None = None
+    """What the sum of the sites' histograms told, where the study releases one and it came about."""
     context: str = ""
     """What else must be the same when a run is resumed; the simulator puts its seed here."""
     public: PublicTable | None = None
@@ -241,8 +246,14 @@ class Federation:
         messages = list(
             strategy.configure_train(number, to_record(self.model), config, CohortGrid(grid, sorted(cohort)))
         )
-        current = Round(number, cohort, quorum=self.study.survivors(len(cohort)), template=self.model)
-        for reply in _replies(grid, messages, self._deadlines.train):
+        current = Round(
+            number,
+            cohort,
+            quorum=self.study.quorum(len(cohort)),
+            sums=self.study.least_sums(len(cohort)),
+            template=self.model,
+        )
+        for reply in replies_of(grid, messages, self._deadlines.train):
             current.take(reply, summed=isinstance(grid, SummingGrid))
         sites: tuple[str, ...] = ()
         try:
@@ -268,7 +279,7 @@ class Federation:
         self, current: Round, strategy: Strategy, stopping: Stopping | None, request: Message
     ) -> None:
         """Make the next model of a round's accepted updates."""
-        update = mean(current.accepted)
+        update = combine(current.accepted, current.members, self.study.secure_aggregation)
         # Views of the replies, which can be let go.
         current.accepted.clear()
         # Flower's strategies average weights, and sites encode deltas. In float64, so nothing is lost.
@@ -295,10 +306,10 @@ class Federation:
         cohort: dict[int, str] = {}
         codes: list[int] = []
         unheard = set(nodes)
-        for reply in _replies(grid, [self._invitation(node) for node in nodes], self._deadlines.join):
+        for reply in replies_of(grid, [self._invitation(node) for node in nodes], self._deadlines.join):
             node = reply.metadata.src_node_id
             unheard.remove(node)
-            if reply.has_error():
+            if reply.has_error() and not is_passing(reply):
                 codes.append(refusal_exit_code(reply))
             if (name := self._joining(reply, cohort, self.started)) is not None:
                 cohort[node] = name
@@ -370,8 +381,8 @@ class Federation:
         node = reply.metadata.src_node_id
         listed = self._listed(node)
         if reply.has_error():
-            # A fault may pass; a refusal would only be repeated.
-            if refusal_exit_code(reply) == LeptonError.exit_code:
+            # A fault may pass, and so may what a site sits out for; a refusal would only be repeated.
+            if is_passing(reply):
                 self._put_off(listed, refusal_reason(reply), number)
             else:
                 self._put_out(listed, refusal_reason(reply))
@@ -392,18 +403,19 @@ class Federation:
 
         One that refused, or sent what was malformed, is not asked.
 
-        Under secure aggregation the cohort never grows. A sum needs the survivors that it was masked for, so
-        there a site that comes back, and is gone again, costs all the others a charged round; and the shares
-        of the noise are by the size of the cohort.
+        Under secure aggregation a cohort grows only where the round could lose a site again: else one that
+        comes back, and is gone once more, would cost all the others a charged round.
         """
         if self.study.secure_aggregation.enabled:
-            return {}
+            sites = min(group_sizes(self.study, len(cohort) + 1))
+            if quorum_of(self.study, sites) == sites:
+                return {}
         nodes = [n for n in self._connected(grid) if n not in cohort and self._may_return(n, number)]
         if not nodes:
             return {}
         returned: dict[int, str] = {}
         unheard = set(nodes)
-        for reply in _replies(grid, [self._invitation(node) for node in nodes], self._deadlines.join):
+        for reply in replies_of(grid, [self._invitation(node) for node in nodes], self._deadlines.join):
             node = reply.metadata.src_node_id
             unheard.remove(node)
             if (name := self._joining(reply, {**cohort, **returned}, number)) is not None:
@@ -484,10 +496,17 @@ class Federation:
 
     def _evaluate(self, grid: Grid, cohort: Mapping[int, str]) -> None:
         """Ask each site to judge the result; what leaves is for its policy to say."""
-        config = assignment_config(self._assignment(cohort, 0))
+        secure = self.study.secure_aggregation.enabled
+        if secure and self.study.evaluation.release == "none":
+            return
+        number = self.study.evaluation_round if secure else 0
+        config = assignment_config(self._assignment(cohort, number))
         content = RecordDict({ARRAYS: to_record(self.model), CONFIG: config})
         messages = [Message(content, dst_node_id=node, message_type=EVALUATE) for node in sorted(cohort)]
-        for reply in _replies(grid, messages, self._deadlines.evaluate):
+        if secure:
+            self._pool(grid, messages)
+            return
+        for reply in replies_of(grid, messages, self._deadlines.evaluate):
             if reply.has_error() or METRICS not in reply.content.metric_records:
                 continue
             # The study's metric and nothing else: what a site says here is kept with the run, for good.
@@ -496,17 +515,21 @@ class Federation:
             if isinstance(value, float) and 0.0 <= value <= 1.0:
                 self.released[cohort[reply.metadata.src_node_id]] = {metric: value}
 
-
-def _replies(grid: Grid, messages: list[Message], deadline: float) -> Iterator[Message]:
-    """Of what `grid` brings before the deadline: for each message the first that is a reply to it."""
-    waiting = {message.metadata.dst_node_id: message for message in messages}
-    for reply in grid.send_and_receive(messages, timeout=deadline):
-        node = reply.metadata.src_node_id
-        if node in waiting and is_reply(reply, waiting[node]):
-            del waiting[node]
-            yield reply
-        else:
-            log.warning("a message from node %d that nobody asked for is left aside", node)
+    def _pool(self, grid: Grid, messages: list[Message]) -> None:
+        """Figures from the sum of the sites' histograms. The model stands without them: nothing is raised."""
+        try:
+            for reply in replies_of(grid, messages, self._deadlines.evaluate):
+                if reply.has_error():
+                    log.warning(
+                        "no histogram of node %d: %s", reply.metadata.src_node_id, refusal_reason(reply)
+                    )
+                elif isinstance(grid, SummingGrid):
+                    sites = len(members_of(reply))
+                    counts_2B = from_record(reply.content.array_records[ARRAYS])[COUNTS]
+                    noise = noise_on_counts(self.study, cohort=len(messages), sites=sites)
+                    self.pooled = pooled(counts_2B, self.study, sites=sites, noise=noise)
+        except LeptonError as error:
+            log.warning("no sum of histograms: %s", error)
 
 
 def _as_model(aggregate: Arrays, before: Arrays, number: int) -> Arrays:

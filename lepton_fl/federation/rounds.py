@@ -15,6 +15,7 @@ from lepton_fl.messages import (
     METRICS,
     WEIGHT,
     as_remark,
+    blameless,
     from_record,
     refusal_exit_code,
     refusal_reason,
@@ -56,19 +57,24 @@ def read_update(reply: Message, template: Mapping[str, np.ndarray], *, summed: b
 class Round:
     """The state of one round; every reply is accepted once or dropped with a reason."""
 
-    def __init__(self, number: int, asked: Mapping[int, str], *, quorum: int, template: Arrays) -> None:
-        """`asked` maps the node ids of the cohort to site names; `quorum` of them must stay."""
+    def __init__(
+        self, number: int, asked: Mapping[int, str], *, quorum: int, template: Arrays, sums: int = 1
+    ) -> None:
+        """`asked` maps the node ids of the cohort to site names; `quorum` must stay, in `sums` replies."""
         self.number = number
         self.quorum = quorum
+        self.sums = sums
         self._asked = dict(asked)
         self._template = template
         self._waiting = dict(asked)
         self.accepted: dict[str, Arrays] = {}
-        """Each accepted reply's update, by its site's name; a sum's by the first of its members'."""
+        """Each accepted reply's update, by its site's name; a sum's mean by the first of its members'."""
+        self.members: dict[str, int] = {}
+        """How many sites are in each of `accepted`."""
         self.included: set[str] = set()
         self.dropped: dict[str, str] = {}
         self.missed: set[str] = set()
-        """Dropped without an answer, or with a fault that may pass: too often in a row, and they are out."""
+        """Dropped without an answer, sitting out, or with a passing fault: out if too often in a row."""
         self.left: set[str] = set()
         """Dropped for a malformed reply, or refusing: not asked again in this run."""
 
@@ -77,15 +83,17 @@ class Round:
         source = reply.metadata.src_node_id
         # Not asked, or answered before: a repeated reply counts once.
         if source not in self._waiting:
+            name = self._asked.get(source, "")
+            if summed and reply.has_error() and name in self.included and not is_passing(reply):
+                # It cheated after its update was in the sum.
+                self.dropped[name] = refusal_reason(reply)
+                self.left.add(name)
             return
         if reply.has_error():
             name = self._drop(source, refusal_reason(reply))
-            # A site that has charged this round sits it out. An internal error may pass; any other refusal
-            # would only be repeated.
-            if sits_out(reply):
-                return
-            fault = refusal_exit_code(reply) == LeptonError.exit_code
-            (self.missed if fault else self.left).add(name)
+            # A sum that did not come about is no fault of those who did their part.
+            if not (summed and blameless(reply)):
+                (self.missed if is_passing(reply) else self.left).add(name)
             return
         try:
             arrays = read_update(reply, self._template, summed=summed)
@@ -99,20 +107,22 @@ class Round:
         names = sorted(self._asked[node] for node in members)
         self.included.update(names)
         self.accepted[names[0]] = arrays
+        self.members[names[0]] = len(names)
 
     def close(self) -> None:
         """No more replies: the rest is late.
 
         Raises:
-            TooFewSites: fewer than the quorum are in; the round must not be aggregated.
+            TooFewSites: fewer sites than the quorum are in, or fewer sums; it must not be aggregated.
         """
         for node in list(self._waiting):
             self.missed.add(self._drop(node, NO_ANSWER))
-        if len(self.included) < self.quorum:
+        if len(self.included) < self.quorum or len(self.accepted) < self.sums:
             reasons = "; ".join(f"{n}: {why}" for n, why in sorted(self.dropped.items()))
             raise TooFewSites(
-                f"round {self.number}: {len(self.included)} of {len(self._asked)} sites are in, the study "
-                f"asks {self.quorum} ({reasons})"
+                f"round {self.number}: {len(self.included)} of {len(self._asked)} sites are in"
+                f"{f', in {len(self.accepted)} sums' if self.sums > 1 else ''}, the study asks "
+                f"{self.quorum}{f' in {self.sums}' if self.sums > 1 else ''} ({reasons})"
             )
 
     def _drop(self, node: int, reason: str) -> str:
@@ -122,13 +132,19 @@ class Round:
         return name
 
     def _members(self, reply: Message) -> list[int]:
-        members = _node_ids(reply)
+        members = members_of(reply)
         if not members or not set(members) <= set(self._waiting):
             raise BadReply("sum: names a site twice, or one that was not asked")
         return members
 
 
-def _node_ids(reply: Message) -> list[int]:
+def is_passing(reply: Message) -> bool:
+    """Whether the sender of an error reply may answer the next time; a refusal would only be repeated."""
+    return sits_out(reply) or refusal_exit_code(reply) == LeptonError.exit_code
+
+
+def members_of(reply: Message) -> list[int]:
+    """The node ids that a sum names; empty where it is none."""
     found = reply.content.config_records.get(CONFIG, ConfigRecord()).get(MEMBERS)
     if not isinstance(found, list) or len(set(found)) != len(found):
         return []

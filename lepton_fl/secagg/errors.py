@@ -11,6 +11,7 @@
         ├── BadSignature            5    a party did not sign what came in its name
         ├── BadPayload              5    malformed, misrouted or altered
         ├── BadShare                5    a share, or what shares add up to, is not what was committed to
+        ├── OtherRoster             5    a party goes by another version of the roster
         ├── TooFewParticipants      6    below the threshold; a new attempt may follow
         └── SumOutOfRange           5    the sum is none of encoded updates
 
@@ -86,6 +87,12 @@ class BadPayload(SecaggError):
 
 class BadShare(SecaggError):
     """A share differs from its commitment, or the shares of a dealer rebuild another secret."""
+
+
+class OtherRoster(SecaggError):
+    """The server goes by another version of the roster than the site; the newer one is on its way."""
+
+    retry = True
 
 
 class TooFewParticipants(SecaggError):

@@ -36,7 +36,7 @@ from lepton_fl.secagg.errors import (
     SumOutOfRange,
     TooFewParticipants,
 )
-from lepton_fl.secagg.keys import MaskKey
+from lepton_fl.secagg.keys import SEED_BYTES, ChannelKey, MaskKey, Suite
 from lepton_fl.secagg.masks import Words
 from lepton_fl.secagg.messages import (
     Advert,
@@ -55,6 +55,9 @@ from lepton_fl.secagg.messages import (
 )
 
 Expected = TypeVarTuple("Expected")
+
+_PROBES = {suite: ChannelKey(bytes(SEED_BYTES), suite) for suite in Suite}
+"""No secret: with any key at all a point of low order gives zero, and a malformed key an error."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,6 +142,12 @@ class ServerRound:
             raise BadPayload("an advert of another context", phase=phase, culprit=party)
         self._signed(party, advert.verify, self._suite, certificate.key)
         keys = {advert.channel, advert.mask}
+        for key in keys:
+            # Passed on, it would end the attempt for every honest site.
+            try:
+                _PROBES[self._suite].offer(key)
+            except VerificationFailed as error:
+                raise BadPayload(error.message, phase=phase, culprit=party) from None
         if len(keys) < 2 or keys & self._keys:
             raise BadPayload("a key that is another's already", phase=phase, culprit=party)
         holders = self._graph.holders(party, advert.nonce, self.context.digest, self._suite)

@@ -1,29 +1,35 @@
-"""The ClientApp of an institution: three messages, each behind the site's own controls."""
+"""The ClientApp of an institution: a few messages, each behind the site's own controls."""
 
 from __future__ import annotations
 
 from typing import Generic
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
-from lepton_fl.errors import BadRequest, PolicyRefused
+from lepton_fl.errors import PolicyRefused
 from lepton_fl.messages import (
-    ARRAYS,
     CONFIG,
     EVALUATE,
     JOIN,
     METRICS,
+    PHASES,
     TRAIN,
     WEIGHT,
+    counts_reply,
     error_reply,
-    from_record,
     read_assignment,
+    received,
     update_reply,
 )
 from lepton_fl.site.mods import mods_of, unknown_type
-from lepton_fl.site.site import S_co, Site, Workbench
-from lepton_fl.tasks.arrays import MAX_MAGNITUDE, Arrays, check_like, load_arrays
+from lepton_fl.site.policy import may_release
+from lepton_fl.site.site import S_co, Site, Surroundings
+from lepton_fl.study import Study
+from lepton_fl.tasks.arrays import Arrays, load_arrays
+from lepton_fl.tasks.histogram import histogram, one_of_each
 from lepton_fl.tasks.metrics import evaluate as evaluate_metric
 from lepton_fl.tasks.task import score
 from lepton_fl.training.local import LocalPlan, train_locally
@@ -40,7 +46,7 @@ class SiteApp(ClientApp, Generic[S_co]):
         self.site = site
 
     def __call__(self, message: Message, context: Context) -> Message:
-        if message.metadata.message_type not in (JOIN, TRAIN, EVALUATE):
+        if message.metadata.message_type not in (JOIN, TRAIN, EVALUATE, *PHASES.values()):
             error = unknown_type(message)
             self.site.refusals.append(error)
             return error_reply(message, error)
@@ -67,28 +73,31 @@ def client_app(site: Site[S_co]) -> SiteApp[S_co]:
         update = train_locally(
             bench.model,
             bench.task,
-            _received(message, bench),
+            received(message, bench.template),
             bench.data.train,
-            LocalPlan.of(study, bench.guarantee),
+            LocalPlan.of(study, bench.guarantee, coordinates=bench.coordinates),
             site.noise.of(study.id),
             assignment.round,
         )
-        charged = bench.guarantee.round_event
+        charged = bench.charge(site.summed_with(assignment))
         # The ledger was charged for what the study says; what leaves is what really ran.
-        if charged is not None and not update.is_within(
-            charged, clip=study.privacy.clip, local_noise=study.privacy.noise == "local"
-        ):
+        if charged is not None and not update.is_within(charged, local_noise=study.privacy.noise == "local"):
             raise PolicyRefused("training spent more than was charged; the update does not leave")
-        return update_reply(message, update.delta)
+        if study.secure_aggregation.enabled:
+            # For the mod, which rounds it to integers of its own.
+            return update_reply(message, update.delta)
+        return update_reply(message, {name: a.astype(np.float32) for name, a in update.delta.items()})
 
     @app.evaluate()
     def evaluate(message: Message, _: Context) -> Message:
-        """Judge the model on this site's held-out records; the figure leaves only if policy says so."""
+        """Judge the model on this site's held-out records; what leaves is for its policy to say."""
         assignment = read_assignment(message)
         study, bench = assignment.study, site.bench(assignment.study)
+        if study.secure_aggregation.enabled:
+            return counts_reply(message, _counts(site, study, received(message, bench.template)))
         metrics = MetricRecord({WEIGHT: 1.0})
         if site.policy.release.metrics == "exact":
-            load_arrays(bench.model, _received(message, bench))
+            load_arrays(bench.model, received(message, bench.template))
             test = bench.data.test
             value = evaluate_metric(study.task.metric, test.y_N, score(bench.model, bench.task, test.x_NF))
             site.ledger.release(
@@ -101,19 +110,29 @@ def client_app(site: Site[S_co]) -> SiteApp[S_co]:
             metrics[study.task.metric] = value
         return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
+    def secagg(message: Message, _: Context) -> Message:
+        """A later exchange of a secure round that this site is in."""
+        return site.aggregation.answer(message, read_assignment(message))
+
+    for kind in PHASES.values():
+        app.query(kind.removeprefix("query."))(secagg)
+
     return app
 
 
-def _received(message: Message, bench: Workbench) -> Arrays:
-    """The parameters in a message, checked against the study's model.
+def _counts(site: Site[Surroundings], study: Study, model: Arrays) -> NDArray[np.int64]:
+    """The histogram of this site's held-out records, in clear: for the mod that lets it leave masked.
 
-    Raises:
-        ProtocolError: names, shapes or types are not the model's, or a value is not finite or is enormous.
-            Decided before any record is touched, so that the answer tells nothing of the records.
+    All zeros where the policy releases nothing, and then no record is looked at.
     """
-    record = message.content.array_records.get(ARRAYS)
-    if record is None:
-        raise BadRequest("message: carries no parameters")
-    arrays = from_record(record)
-    check_like(arrays, bench.template, limit=MAX_MAGNITUDE)
-    return arrays
+    if not may_release(site.policy, study):
+        return np.zeros((2, study.score_bins), np.int64)
+    bench, test = site.bench(study), site.bench(study).data.test
+    load_arrays(bench.model, model)
+    y_N, score_N = test.y_N, score(bench.model, bench.task, test.x_NF)
+    if study.evaluation.release == "dp":
+        noise = site.noise.of(study.id)
+        draws = np.random.default_rng(list(noise.key("a record of each unit", study.evaluation_round)))
+        which_U = one_of_each(test.unit_N, draws)
+        y_N, score_N = y_N[which_U], score_N[which_U]
+    return histogram(y_N, score_N, study)

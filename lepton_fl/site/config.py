@@ -150,6 +150,11 @@ class SiteFiles:
         return self.state / "ledger.db"
 
     @property
+    def history(self) -> Path:
+        """The secure rounds that the site was in: site/history.py."""
+        return self.state / "rounds.db"
+
+    @property
     def approvals(self) -> Path:
         return self.state / "approvals.jsonl"
 
@@ -172,7 +177,8 @@ class SiteFiles:
             raise ConfigError(
                 f"{self.ledger}: is gone, and this site has taken part in runs: only there is recorded what "
                 "they spent",
-                fix="bring ledger.db back from the backup; a new one would spend the budget a second time",
+                fix="bring ledger.db back from the backup, then lepton-fl budget recover; a new one would "
+                "spend the budget a second time",
             )
 
 

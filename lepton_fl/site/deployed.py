@@ -14,16 +14,16 @@ from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Ledger
 from lepton_fl.site.config import SiteConfig, files_of, load_site_config
 from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.site.secure import LSA1, Membership, NoAggregation
 from lepton_fl.site.site import Deployed, Site, SiteData
 from lepton_fl.study import Study
 from lepton_fl.training.noise import UnseededNoise
 
 
-def open_site(path: Path) -> Site[Deployed]:
+def open_site(path: Path, membership: Membership | None = None) -> Site[Deployed]:
     """The site that `site.toml` at `path` describes, with its policy read and its ledger open.
 
-    Noise still comes from torch's generator, seeded by the operating system: simulation noise, which is
-    why this release is not for real records.
+    In secure rounds it is who `membership` says, whose history must be on disk; without one it refuses them.
 
     Raises:
         ConfigError: site.toml or policy.toml is missing or not understood, or the ledger cannot be opened.
@@ -39,6 +39,7 @@ def open_site(path: Path) -> Site[Deployed]:
         policy_file=str(files.policy),
         approvals=Approvals(files.approvals),
         load=_loader(config, path.parent, key),
+        aggregation=NoAggregation() if membership is None else LSA1(membership),
         # Last: whatever is refused before leaves nothing open.
         surroundings=Deployed(noise=UnseededNoise(), ledger=Ledger(files.ledger)),
     )

@@ -25,6 +25,8 @@ class _Budget(Strict):
     epsilon_total: Positive
     epsilon_per_study: Positive
     delta_total: Delta
+    officer_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """The privacy officer's public key, in hex: who may renew the budget. Without it nobody may."""
 
 
 class _Require(Strict):
@@ -32,7 +34,9 @@ class _Require(Strict):
     differential_privacy: bool = True
     """false: allow studies with noise = "none"."""
     min_sites: Annotated[int, Field(ge=1)] = 3
-    """Smallest cohort, this site included."""
+    """Smallest cohort, this site included, and smallest number of sites in a sum."""
+    colluders: Annotated[int, Field(ge=0)] = 0
+    """Fewest members, colluding with the server, that a secure round must protect this site against."""
     privacy_units: Array[str] = ("record",)
     min_rows: Annotated[int, Field(ge=1)] = 1
     min_positives: Annotated[int, Field(ge=0)] = 0
@@ -41,7 +45,8 @@ class _Require(Strict):
 
 class _Release(Strict):
     metrics: Literal["none", "dp", "exact"] = "none"
-    """exact: evaluation figures leave without noise, and every report says so in red."""
+    """dp: evaluation figures leave with noise, charged, in a sum over the sites. exact: without it as well
+    (by themselves where a study has no secure aggregation), and every report says so in red."""
     allow_models: Array[str] = ("logreg", "mlp")
 
 
@@ -116,6 +121,14 @@ def admit_study(
     if cohort is not None and cohort < least:
         key = "require.min_sites" if least == require.min_sites else "the study's own min_sites"
         raise refuse(f"a cohort of {cohort}", f"{least} or more", key)
+    colluders = study.secure_aggregation.colluders
+    if study.secure_aggregation.enabled and colluders < require.colluders:
+        raise refuse(
+            f"protection against {colluders} colluders", f"{require.colluders} or more", "require.colluders"
+        )
+    size = study.secure_aggregation.group_size
+    if size is not None and size < require.min_sites:
+        raise refuse(f"sums over groups of {size}", f"{require.min_sites} or more", "require.min_sites")
     if study.model_name not in policy.release.allow_models:
         raise refuse(
             f"model {study.model_name!r}",
@@ -140,19 +153,10 @@ def admit_study(
         raise error
 
 
-def admit_deployed(study: Study) -> None:
-    """Refuse what only a simulation may do.
-
-    Raises:
-        PolicyRefused: the study needs secure aggregation, which this release does not have.
-    """
-    if study.privacy.noise == "shared" or study.secure_aggregation.enabled:
-        raise PolicyRefused(
-            f"study {study.study.name} needs secure aggregation, which agents of this release do not "
-            "have: an update without it would be seen by the server",
-            fix="set secure_aggregation.enabled = false with privacy.noise = 'local', or simulate",
-            public="secure aggregation is not available at the site",
-        )
+def may_release(policy: Policy, study: Study) -> bool:
+    """Whether scores of held-out records may be in the sum that the study asks for."""
+    allowed = {"none": (), "dp": ("dp",), "exact": ("dp", "exact")}[policy.release.metrics]
+    return study.evaluation.release in allowed
 
 
 def admit_data(policy: Policy, study: Study, *, units: int, rows: int, positives: int, file: str) -> None:

@@ -12,9 +12,14 @@ import torch
 
 from lepton_fl.data import Table
 from lepton_fl.errors import ConfigError, LeptonError
+from lepton_fl.messages import Assignment
 from lepton_fl.privacy import AnyLedger, Guarantee, Ledger, RehearsalLedger
+from lepton_fl.privacy.accounting import DiscreteGaussian
 from lepton_fl.privacy.ledger import Budget
-from lepton_fl.site.policy import Approvals, Policy, admit_deployed
+from lepton_fl.secagg.context import Floor
+from lepton_fl.secure_rounds import TRAIN_SUM, check_protectable, group_sizes, group_with, round_charge
+from lepton_fl.site.policy import Approvals, Policy
+from lepton_fl.site.secure import LSA1, Aggregation, NoAggregation
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, TaskSpec, arrays_of, build_model, task_of
 from lepton_fl.training.noise import Noise, SimulationNoise, UnseededNoise
@@ -27,8 +32,8 @@ BENCHES = 4
 class Simulated:
     """The agent is part of a simulation, where the simulator sees every record anyway.
 
-    Only here may a study ask for what needs secure aggregation: the simulator forms the sum in its place
-    and says so in every output.
+    Only here may sums of secure aggregation be formed without its masks, by the simulator, which says so in
+    every output.
     """
 
     noise: SimulationNoise
@@ -83,8 +88,8 @@ class Deployed:
             raise TypeError("a deployed site draws unseeded noise and keeps its ledger on disk")
 
     def admit(self, study: Study) -> None:
-        """Refuse what only a simulation may do: `admit_deployed`."""
-        admit_deployed(study)
+        """Refuse a study that names more colluders than its cohorts can hold out against."""
+        check_protectable(study)
 
 
 Surroundings = Simulated | StockFlower | Deployed
@@ -114,11 +119,19 @@ class Site(Generic[S_co]):
     load: Callable[[Study], SiteData]
     """Reads the institution's own table under a study's contract."""
     surroundings: S_co
+    aggregation: Aggregation = field(default_factory=NoAggregation)
+    """How what it computes leaves it, under secure aggregation."""
     refusals: deque[LeptonError] = field(default_factory=lambda: deque(maxlen=100))
     """Why this site refused, in full, for its own people; a server gets the public part only."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """One message at a time: model and workbench are shared."""
     _bench: dict[str, Workbench] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # For callers that no type checker has read: a deployed site's updates leave masked, or not at all.
+        deployed = isinstance(self.surroundings, Deployed)
+        if deployed and type(self.aggregation) not in (LSA1, NoAggregation):
+            raise TypeError("a deployed site has the protocol, or no secure aggregation")
 
     @property
     def ledger(self) -> AnyLedger:
@@ -131,9 +144,20 @@ class Site(Generic[S_co]):
         return self.surroundings.noise
 
     @property
+    def floor(self) -> Floor:
+        """What it insists on in a secure round, whatever a study asks."""
+        return Floor(min_sites=self.policy.require.min_sites, colluders=self.policy.require.colluders)
+
+    @property
     def budget(self) -> Budget:
         """What the ledger enforces here."""
         return self.policy.ledger_budget(self.policy_file)
+
+    def summed_with(self, assignment: Assignment) -> int:
+        """Sites in the sum that this one's update is for; before they are known, the fewest there may be."""
+        if not assignment.cohort:
+            return min(group_sizes(assignment.study, assignment.study.secure_aggregation.min_sites))
+        return len(group_with(self.name, assignment.study, TRAIN_SUM, assignment.cohort, assignment.round))
 
     def bench(self, study: Study) -> Workbench:
         """Data and model for a study, prepared once."""
@@ -156,6 +180,15 @@ class Workbench:
     """The model's names and shapes; values are irrelevant."""
     guarantee: Guarantee
     fingerprint: str
+
+    @property
+    def coordinates(self) -> int:
+        """Parameters of the model."""
+        return sum(array.size for array in self.template.values())
+
+    def charge(self, sites: int) -> DiscreteGaussian | None:
+        """What one round costs, in a sum over so many sites; errors as in `round_charge`."""
+        return round_charge(self.guarantee, coordinates=self.coordinates, sites=sites)
 
     @classmethod
     def prepare(cls, study: Study, data: SiteData) -> Workbench:

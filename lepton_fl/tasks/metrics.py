@@ -52,7 +52,7 @@ def _weighted(metric: Metric, y_N: np.ndarray, score_N: np.ndarray, weight_RN: n
     """The figures [M, R] under each row of record weights."""
     cell_N = _cells(y_N, score_N)
     cells = int(cell_N.max(initial=-1)) + 1
-    return _figures(
+    return figures_of_cells(
         metric, _sums(weight_RN * y_N, cell_N, cells), _sums(weight_RN * (1 - y_N), cell_N, cells)
     )
 
@@ -87,7 +87,7 @@ def _sums(weight_RU: np.ndarray, cell_U: np.ndarray, cells: int) -> np.ndarray:
     return sum_RC
 
 
-def _figures(metric: Metric, positive_RC: np.ndarray, negative_RC: np.ndarray) -> np.ndarray:
+def figures_of_cells(metric: Metric, positive_RC: np.ndarray, negative_RC: np.ndarray) -> np.ndarray:
     """The figures [M, R] from the weights of both classes in each cell, highest scores first.
 
     AUC: ties in score count half. AUPRC: average precision, without interpolation. Recall at FPR f: the
@@ -143,7 +143,7 @@ class _List:
             slices.append(
                 np.stack(
                     [
-                        _figures(
+                        figures_of_cells(
                             metric,
                             *(
                                 _sums(weight_RU, cell_AU[a], cells)

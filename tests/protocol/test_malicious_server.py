@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
 from lepton_fl.errors import VerificationFailed
+from lepton_fl.secagg import server as server_module
+from lepton_fl.secagg import site as site_module
 from lepton_fl.secagg.context import Attempt, Cohort
 from lepton_fl.secagg.errors import (
     SERVER,
@@ -445,42 +448,59 @@ def test_certificate_that_expires_during_a_run(make_net, world):
     assert all(isinstance(error, BadCertificate) for error in later.blamed.values())
 
 
-@pytest.mark.parametrize(
-    "point",
-    [
-        bytes(32),
-        b"\x01" + bytes(31),
-        bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"),
-    ],
-    ids=["0", "1", "order 8"],
-)
+POINTS = {
+    "0": bytes(32),
+    "1": b"\x01" + bytes(31),
+    "order 8": bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"),
+}
+
+
+def of_low_order(net, monkeypatch, member, key, point):
+    """This member advertises a key with which every secret is zero, and else does its part."""
+    name = {"channel": "ChannelKey", "mask": "MaskKey"}[key]
+
+    class LowOrder(getattr(site_module, name)):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.public = point
+
+    advertise = net.sites[member].advertise
+
+    def cheating():
+        with monkeypatch.context() as patched:
+            patched.setattr(site_module, name, LowOrder)
+            return advertise()
+
+    net.sites[member].advertise = cheating
+
+
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
 @pytest.mark.parametrize("key", ["channel", "mask"])
-def test_low_order_point(make_net, world, key, point):
-    """A colluding member's key with which every secret is zero: it is named, and nobody deals or masks."""
+def test_low_order_point(make_net, monkeypatch, key, point):
+    """Passed on by a server that colludes with its owner: named at every site; nobody deals or masks."""
     net = make_net(4)
     member = net.parties[3]
-    fields = {"channel": b"\x05" * 32, "mask": b"\x06" * 32, key: point}
-    advert = Advert.sign(
-        LSA1,
-        world.identity(member),
-        certificate=world.certificate(member),
-        context=net.context.digest,
-        nonce=bytes(16),
-        **fields,
-    ).encode(LSA1)
-    on_reply = lambda phase, party, reply: advert if (phase, party) == (Phase.ADVERTISE, member) else reply
-    if key == "channel":
-        until_stopped(net, on_reply=on_reply)
-    else:
-        net.run(on_reply=on_reply, until=Phase.MASK)
-        for party in net.parties[:3]:
-            net.exchange(
-                Phase.MASK, {party: net.post(party, [p for p in net.parties[:3] if p != party]).encode(LSA1)}
-            )
+    of_low_order(net, monkeypatch, member, key, point)
+    monkeypatch.setattr(server_module, "_PROBES", {LSA1: SimpleNamespace(offer=lambda _: None)})
+    until_stopped(net)
 
-    if key == "channel":
-        for party in net.parties[:3]:
-            refused(net, party, BadPayload, member)
+    for party in net.parties[:3]:
+        refused(net, party, BadPayload, member)
+        assert party not in net.left[Phase.SHARE if key == "channel" else Phase.MASK]
+
+
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+@pytest.mark.parametrize("key", ["channel", "mask"])
+def test_server_refuses_a_low_order_point(make_net, monkeypatch, key, point):
+    """Its owner alone is out. Else it would end every round for all the others, who could only name it."""
+    net = make_net(4)
+    member = net.parties[3]
+    of_low_order(net, monkeypatch, member, key, point)
+    result = net.run()
+
+    assert (type(net.blamed[member]), net.blamed[member].culprit) == (BadPayload, member)
+    assert result.survivors == net.parties[:3]
+    assert not net.errors
 
 
 def test_one_key_for_two_sites(make_net, world):

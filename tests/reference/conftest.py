@@ -13,11 +13,16 @@ SIMULATIONS = Path(__file__).parents[2] / "simulations"
 
 def _recipe(name):
     # Under a name of its own in sys.modules: dataclasses look their module up there.
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", SIMULATIONS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"recipe_{Path(name).name}", SIMULATIONS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def poisoning():
+    return _recipe("attacks/poisoning")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 pytestmark = pytest.mark.reference
 
@@ -69,6 +70,13 @@ def test_accuracy_is_within_two_standard_errors_of_the_published(flamby, key):
     ours_S = tuple(case.measure(seed) for seed in case.seeds)
 
     found = flamby.Comparison.of(case.published_S, ours_S)
-    # Ours is one row of 254 above the published pool (docs/reference.md), whose seeds differ by less.
-    known = 1 / 254 if key == "pooled" else 0.0
-    assert abs(found.difference) <= 2 * found.standard_error + known
+    difference, error = found.difference, found.standard_error
+    known = 0.0
+    if key == "pooled":
+        # Ours is one row of 254 above the published pool (docs/reference.md): too little for five seeds to
+        # show that it is no more.
+        known = 1 / 254
+        ours_S = (*ours_S, *(case.measure(seed) for seed in range(142, 150)))
+        difference = np.mean(ours_S) - np.mean(case.published_S)
+        error = np.hypot(stats.sem(ours_S), stats.sem(case.published_S))
+    assert abs(difference) <= 2 * error + known

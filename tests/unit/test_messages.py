@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lepton_fl.config import parse
-from lepton_fl.errors import AlreadyCharged, BadReply, BadRequest, BudgetExhausted, VerificationFailed
+from lepton_fl.errors import (
+    AlreadyCharged,
+    BadReply,
+    BadRequest,
+    BudgetExhausted,
+    ConfigError,
+    Unwritable,
+    VerificationFailed,
+)
 from lepton_fl.messages import (
     CONFIG,
     EVALUATE,
@@ -20,6 +28,8 @@ from lepton_fl.messages import (
     TRAIN,
     Assignment,
     assignment_config,
+    blameless,
+    blameless_reply,
     error_reply,
     from_record,
     identify,
@@ -27,6 +37,7 @@ from lepton_fl.messages import (
     read_assignment,
     refusal_exit_code,
     refusal_reason,
+    relayed,
     sits_out,
     to_record,
 )
@@ -324,6 +335,21 @@ def test_a_site_that_has_charged_a_round_says_so(make_message):
 
     assert (sits_out(own), refusal_exit_code(own)) == (True, AlreadyCharged.exit_code)
     assert (sits_out(other), refusal_exit_code(other)) == (False, BudgetExhausted.exit_code)
+
+
+def test_a_disk_that_is_full_is_no_refusal_for_good(make_message):
+    """As other files of the site that are wrong are."""
+    assert sits_out(error_reply(make_message({}), Unwritable("no room")))
+    assert not sits_out(error_reply(make_message({}), ConfigError("no such key")))
+
+
+def test_no_site_says_of_itself_that_it_is_blameless(make_message):
+    """What is relayed of it is that it sits out."""
+    message = make_message({})
+    claimed = blameless_reply(message, "did my part")
+
+    assert blameless(claimed)
+    assert (sits_out(relayed(claimed, message)), blameless(relayed(claimed, message))) == (True, False)
 
 
 @pytest.mark.parametrize(

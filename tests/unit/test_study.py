@@ -24,6 +24,7 @@ from lepton_fl.study import (
 
 VECTOR = Path(__file__).parents[1] / "vectors" / "study.json"
 
+GROUPS = {"min_sites": 15, "group_size": 5}
 STOPPING = {"signal": "updates", "patience": 4, "tolerance": 0.25}
 
 # Each field of a study with a change that means something; companions that the change needs beside it.
@@ -51,6 +52,11 @@ CHANGES = {
     "secure_aggregation.min_sites": {"secure_aggregation.min_sites": 4},
     "secure_aggregation.colluders": {"secure_aggregation.colluders": 2},
     "secure_aggregation.min_survivors": {"secure_aggregation.min_survivors": 3},
+    "secure_aggregation.group_size": {"secure_aggregation": GROUPS},
+    "secure_aggregation.combine": {"secure_aggregation": {**GROUPS, "combine": "median"}},
+    "secure_aggregation.trim": {"secure_aggregation": {**GROUPS, "combine": "trimmed-mean", "trim": 1}},
+    "secure_aggregation.suite": {"secure_aggregation.suite": "LSA1-PQ"},
+    "secure_aggregation.deadline": {"secure_aggregation.deadline": 61.0},
     "train.strategy": {"train.strategy": "fedavg"},
     "train.rounds": {"train.rounds": 21},
     "train.sample_rate": {"train.sample_rate": 0.11},
@@ -81,6 +87,8 @@ CHANGES = {
     "evaluation.split": {"evaluation": {"split": "time", "time_column": "seen", "cutoff": 5}},
     "evaluation.time_column": {"evaluation": {"split": "time", "time_column": "left", "cutoff": 5}},
     "evaluation.cutoff": {"evaluation": {"split": "time", "time_column": "seen", "cutoff": 6}},
+    "evaluation.release": {"evaluation.release": "exact"},
+    "evaluation.share": {"evaluation": {"release": "dp", "share": 0.2}},
 }
 
 
@@ -442,6 +450,35 @@ def test_fewer_survivors_than_sites_are_refused(make_study):
 
 
 @pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"combine": "median"}, "combine = 'median' is of groups: it needs group_size"),
+        ({"group_size": 4}, "secure_aggregation.group_size: found 4"),
+        ({**GROUPS, "enabled": False}, "group_size = 5 needs enabled = true"),
+        (
+            {**GROUPS, "min_sites": 4},
+            "min_sites = 4 makes 0 groups of group_size = 5, combine = 'mean' needs 1",
+        ),
+        (
+            {**GROUPS, "min_sites": 14, "combine": "median"},
+            "makes 2 groups of group_size = 5, combine = 'median' needs 3: allowed from 15 on",
+        ),
+        ({**GROUPS, "combine": "trimmed-mean"}, "trim and combine = 'trimmed-mean' go together"),
+        ({**GROUPS, "trim": 1}, "trim and combine = 'trimmed-mean' go together"),
+        (
+            {**GROUPS, "combine": "trimmed-mean", "trim": 2},
+            "combine = 'trimmed-mean' needs 5: allowed from 25 on",
+        ),
+        ({**GROUPS, "min_survivors": 6}, "min_survivors = 6: of each group, so 3 to group_size = 5"),
+        ({**GROUPS, "min_survivors": 2}, "min_survivors = 2: of each group, so 3 to group_size = 5"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(make_study, keys, said):
+    """Too small, too few for the rule, or a rule without them."""
+    assert said in refused(make_study, secure_aggregation=keys)
+
+
+@pytest.mark.parametrize(
     "tables",
     [
         {"task": {"target": "age"}},
@@ -562,6 +599,33 @@ def test_a_cutoff_that_is_no_time_is_refused(make_study, cutoff):
     assert "evaluation.cutoff: found" in refused(make_study, evaluation=tables)
 
 
+@pytest.mark.parametrize(
+    "evaluation", [{"release": "dp"}, {"share": 0.1}, {"release": "exact", "share": 0.1}]
+)
+def test_a_share_is_of_what_is_noised(make_study, evaluation):
+    """Noise needs an epsilon, and nothing else has one."""
+    assert "release = 'dp' and share go together" in refused(make_study, evaluation=evaluation)
+
+
+@pytest.mark.parametrize("evaluation", [{"release": "exact"}, {"release": "dp", "share": 0.1}])
+def test_a_release_is_of_a_sum(make_study, evaluation):
+    """Without secure aggregation a site's figure leaves by its own policy's word alone."""
+    said = refused(make_study, evaluation=evaluation, secure_aggregation={"enabled": False})
+
+    assert f"evaluation.release = '{evaluation['release']}' needs secure_aggregation.enabled = true" in said
+
+
+def test_a_share_is_of_an_epsilon(make_study):
+    """A study without noise has none."""
+    said = refused(
+        make_study,
+        evaluation={"release": "dp", "share": 0.1},
+        privacy={"noise": "none", "epsilon": None, "delta": None},
+    )
+
+    assert "evaluation.release = 'dp' needs privacy.noise" in said
+
+
 # --- what follows from a study ---
 
 
@@ -599,10 +663,47 @@ def test_survivors_are_the_whole_cohort_unless_said(make_study):
     assert fixed.survivors(5) == 3
 
 
+def test_of_groups_more_than_half_make_a_round(make_study):
+    """And as many as the rule needs: more than twice those that may be poisoned."""
+    mean = make_study(secure_aggregation=GROUPS)
+    median = make_study(secure_aggregation={**GROUPS, "combine": "median", "min_survivors": 4})
+
+    assert [mean.groups(n) for n in (15, 19, 20, 44)] == [3, 3, 4, 8]
+    assert [mean.least_sums(n) for n in (15, 20, 44)] == [2, 3, 5]
+    assert [median.least_sums(n) for n in (15, 20, 44)] == [3, 3, 5]
+    assert [mean.quorum(15), median.quorum(15)] == [10, 12]
+    assert [mean.needed(15), mean.needed(44), median.needed(15)] == [15, 25, 15]
+
+
+def test_without_groups_a_round_is_one_sum(make_study):
+    """And keeps what that sum keeps."""
+    study = make_study(secure_aggregation={"min_survivors": 3})
+
+    assert (study.groups(9), study.least_sums(9), study.quorum(9)) == (1, 1, 3)
+
+
+def test_shared_noise_needs_an_honest_part_in_every_group(make_study):
+    """Four colluders of a group of five leave one, five leave none."""
+    shared = {"privacy": {"noise": "shared"}}
+    said = refused(make_study, **shared, secure_aggregation={**GROUPS, "colluders": 5})
+
+    assert "colluders = 5 of 5 sites leaves no honest part" in said
+    assert make_study(**shared, secure_aggregation={**GROUPS, "colluders": 4})
+
+
 def test_override_checks_anew(study):
     """A swept value passes the same gate as a typed one."""
     with pytest.raises(ConfigError, match=r"study heart: privacy.epsilon: found -1.0"):
         override(study, {"privacy.epsilon": -1.0})
+
+
+def test_override_of_the_noise_leaves_no_share_of_it(make_study):
+    """For a comparison without privacy nothing has to be taken out by hand."""
+    study = make_study(evaluation={"release": "dp", "share": 0.2})
+
+    without = override(study, {"privacy.noise": "none"})
+
+    assert (without.evaluation.release, without.evaluation.share) == ("none", None)
 
 
 def test_override_of_nothing_is_the_same_study(study):

@@ -55,7 +55,7 @@ def certificate(party):
 
 def context(colluders, threshold, weighted, max_weight):
     cohort = sha("lepton-fl/secagg/cohort/1", packed(PARTIES))
-    quantiser = [struct.pack("<d", CLIP), BITS, len(PARTIES), max_weight]
+    quantiser = [struct.pack("<d", CLIP), BITS, len(PARTIES), max_weight, 0]
     graph = (len(PARTIES) - 1, threshold)
     return sha(
         SUITE, "ctx", fixed("run", 16), "train", 3, 2, cohort, colluders, 3, threshold, *graph,

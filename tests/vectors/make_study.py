@@ -48,7 +48,7 @@ operating_point = { fpr = 0.01 }
 CANONICAL = (
     "lepton-fl/study/1\n"
     "{"
-    '"evaluation":{"cutoff":"2026-01-31T00:00:00+00:00","split":"time","test_fraction":0.25,'
+    '"evaluation":{"cutoff":"2026-01-31T00:00:00+00:00","release":"none","share":null,"split":"time","test_fraction":0.25,'
     '"time_column":"paid"},'
     '"features":{"columns":{'
     '"amount":{"identifier":"refuse","missing":"refuse","range":[0.0,50000.0],"transform":"log1p",'
@@ -58,7 +58,8 @@ CANONICAL = (
     '"scaling":"bounds"},'
     '"model":{"hidden":[32],"name":"auto","normalization":"none"},'
     '"privacy":{"clip":1.0,"delta":1e-06,"epsilon":3.0,"noise":"local","unit":"customer_id"},'
-    '"secure_aggregation":{"colluders":1,"enabled":true,"min_sites":3,"min_survivors":"all"},'
+    '"secure_aggregation":{"colluders":1,"combine":"mean","deadline":60.0,"enabled":true,"group_size":null,'
+    '"min_sites":3,"min_survivors":"all","suite":"LSA1","trim":null},'
     '"study":{"name":"card-fraud","purpose":"r\u00e9sum\u00e9"},'
     '"task":{"kind":"binary","metric":"auc",'
     '"operating_point":{"alerts_per_day":null,"cost_fn":null,"cost_fp":null,"fpr":0.01},'

@@ -175,15 +175,31 @@ def test_a_site_that_refused_to_join_is_not_asked_again(make_federation, make_ap
     assert network.sent[JOIN, B] == 1
 
 
-def test_a_site_that_sits_rounds_out_is_never_put_out(make_federation, make_network, long, seen, good):
-    """It has taken part in those rounds, and refuses no other."""
-    network = make_network(b=in_turn([*[charged] * 4, *[good] * 8]))
+def test_a_site_that_sits_out_round_after_round_is_put_off(make_federation, make_network, long, seen, good):
+    """As a silent one: each round that is lost for it is charged to the others. It is asked again."""
+    network = make_network(b=in_turn([*[charged] * 3, *[good] * 9]))
     federation = make_federation(study=long)
 
     federation.run(network)
 
-    assert [dict(r.dropped) for r in seen.rounds] == [{"b": "round already charged"}] * 4 + [{}] * 8
-    assert network.sent[JOIN, B] == 1
+    without = [report.number for report in seen.rounds if "b" not in report.sites]
+    assert [r.number for r in seen.rounds if r.dropped] == [1, 2, 3]
+    assert without == [1, 2, 3, 4]
+    assert federation.refused == {}
+
+
+def test_a_site_that_sits_out_an_invitation_is_invited_again(make_federation, make_app, long, seen):
+    """It was paused, or about to stop, and refused nothing."""
+    app, said = make_app("b"), iter([AlreadyCharged("x", public="the site is paused")])
+
+    def paused_at_first(message, context):
+        error = next(said, None) if message.metadata.message_type == JOIN else None
+        return app(message, context) if error is None else error_reply(message, error)
+
+    federation = make_federation(study=long)
+    federation.run(InProcessGrid({A: make_app("a"), B: paused_at_first, C: make_app("c")}))
+
+    assert rounds_with("b", seen.rounds) == list(range(1, 13))
     assert federation.refused == {}
 
 
@@ -198,6 +214,21 @@ def test_under_secure_aggregation_nobody_comes_back(make_federation, make_networ
     assert rounds_with("b", seen.rounds) == [1, 2]
     assert network.sent[JOIN, B] == 1
     assert federation.refused == {"b": "no answer before the deadline"}
+
+
+def test_under_secure_aggregation_a_site_comes_back_where_the_round_may_lose_it(
+    make_federation, make_app, make_study, seen
+):
+    """Four of which three are enough: were it gone again, nobody would pay for it."""
+    secure = {"enabled": True, "min_sites": 3, "min_survivors": 3}
+    study = make_study(train={"rounds": 12}, secure_aggregation=secure)
+    four = InProcessGrid({101 + i: make_app(name) for i, name in enumerate("abcd")})
+    federation = make_federation(study=study)
+
+    federation.run(Network(four, {B: range(3, 6)}))
+
+    assert rounds_with("b", seen.rounds) == [1, 2, *range(6, 13)]
+    assert federation.refused == {}
 
 
 # --- coming late ---

@@ -16,6 +16,7 @@ from lepton_fl.messages import (
     METRICS,
     TRAIN,
     WEIGHT,
+    counts_reply,
     error_reply,
     read_assignment,
     update_reply,
@@ -447,3 +448,21 @@ def test_an_aggregate_that_no_site_would_take_does_not_become_a_model(
     kept = Checkpoint.read(path, study_id=study.id)
     assert kept.done == 0
     assert model_hash(kept.model) == model_hash(federation.model) == model_hash(huge)
+
+
+def test_a_histogram_of_one_site_is_believed_of_no_site(make_federation, make_grid, make_study, altered):
+    """Only a grid that sums may say that it did."""
+
+    def claims(replies):
+        if replies[0].metadata.message_type != EVALUATE:
+            return replies
+        request = Message(RecordDict(), dst_node_id=101, message_type=EVALUATE)
+        return [counts_reply(request, np.ones((2, 4096)), members=[101, 102, 103])]
+
+    study = make_study(secure_aggregation={"enabled": True}, evaluation={"release": "exact"})
+    federation = make_federation(study=study)
+
+    federation.run(altered(make_grid(), claims))
+
+    assert federation.pooled is None
+    assert federation.released == {}

@@ -15,6 +15,7 @@ from lepton_fl.messages import (
     METRICS,
     TRAIN,
     WEIGHT,
+    blameless_reply,
     error_reply,
     identify,
     to_record,
@@ -87,6 +88,7 @@ class Rounds(RuleBasedStateMachine):
     def sitting_out(self, node):
         if name := self.first_of(node):
             self.dropped.add(name)
+            self.missed.add(name)
         self.round.take(error_reply(asked(node), AlreadyCharged("once")), summed=False)
 
     @precondition(lambda self: not self.closed)
@@ -149,6 +151,26 @@ def test_a_round_below_its_quorum_names_every_reason(round_1):
     assert "bob: arrays: w holds values that are not finite" in few.value.message
     assert "cid: not approved" in few.value.message
     assert "dot: no answer before the deadline" in few.value.message
+
+
+def test_a_round_of_too_few_sums_is_none():
+    """Three sites of four are in, in one sum, where two are to be combined."""
+    current = Round(1, SITES, quorum=3, sums=2, template=TEMPLATE)
+    current.take(summed(11, [11, 12, 13]), summed=True)
+
+    with pytest.raises(TooFewSites, match="3 of 4 sites are in, in 1 sums, the study asks 3 in 2"):
+        current.close()
+
+
+def test_a_round_knows_how_many_sites_are_in_each_sum():
+    """By the first of them."""
+    current = Round(1, SITES, quorum=3, sums=2, template=TEMPLATE)
+    current.take(summed(12, [12, 13, 14]), summed=True)
+    current.take(summed(11, [11]), summed=True)
+
+    current.close()
+
+    assert current.members == {"ann": 1, "bob": 3}
 
 
 def test_the_order_of_arrival_does_not_matter(round_1):
@@ -215,11 +237,19 @@ def test_an_error_code_of_flower_is_no_refusal(round_1):
 
 
 def test_a_site_that_has_charged_the_round_sits_it_out(round_1):
-    """It refuses this round and no other, and was not silent."""
+    """It refuses this round and no other; that counts as no answer."""
     round_1.take(error_reply(asked(11), AlreadyCharged("x", public="round already charged")), summed=False)
 
     assert round_1.dropped == {"ann": "round already charged"}
-    assert (round_1.missed, round_1.left) == (set(), set())
+    assert (round_1.missed, round_1.left) == ({"ann"}, set())
+
+
+@pytest.mark.parametrize(("summed", "missed"), [(True, set()), (False, {"ann"})])
+def test_only_a_sum_says_that_a_site_did_its_part(round_1, summed, missed):
+    """A site that says so of itself has given nothing."""
+    round_1.take(blameless_reply(asked(11), "no sum"), summed=summed)
+
+    assert (round_1.missed, round_1.left) == (missed, set())
 
 
 @pytest.mark.parametrize(("value", "accepted"), [(1e6, True), (-1e6, True), (1.1e6, False), (-1.1e6, False)])

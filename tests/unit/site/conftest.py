@@ -10,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 
 from lepton_fl.config import parse
 from lepton_fl.data import Batch, Contract, Table, load_table
-from lepton_fl.messages import CONFIG, TRAIN, Assignment, assignment_config, identify, to_record
+from lepton_fl.messages import CONFIG, SECAGG, TRAIN, Assignment, assignment_config, identify, to_record
 from lepton_fl.privacy import Ledger, RehearsalLedger
 from lepton_fl.site import Deployed, Policy, Simulated, Site, SiteData, client_app
 from lepton_fl.site.policy import Approvals
@@ -107,13 +107,23 @@ def ask(study) -> Callable[..., Message]:
     """Send the site's app one message, and hand back its reply."""
 
     def run(
-        site, kind=TRAIN, *, study=study, round=1, cohort=("bank", "clinic", "ward"), extra=(), model=None
+        site,
+        kind=TRAIN,
+        *,
+        study=study,
+        round=1,
+        cohort=("bank", "clinic", "ward"),
+        extra=(),
+        model=None,
+        secure=None,
     ):
         assignment = Assignment(study=study, run=RUN, round=round, cohort=cohort)
         config = assignment_config(assignment)
         config.update(dict(extra))
         model = arrays_of(build_model(study, 1, torch.Generator())) if model is None else model
         content = RecordDict({CONFIG: config, "arrays": to_record(model)})
+        if secure is not None:
+            content[SECAGG] = secure.record()
         context = Context(run_id=0, node_id=7, node_config={}, state=RecordDict(), run_config={})
         app = client_app(site) if isinstance(site, Site) else site
         return app(Message(content, dst_node_id=7, message_type=kind), context)

@@ -1,11 +1,15 @@
 """An agent opens with its policy, its ledger and its table, or not at all."""
 
-import pytest
-import torch
+from dataclasses import replace
 
-from lepton_fl.errors import ConfigError
-from lepton_fl.messages import JOIN
-from lepton_fl.site import Deployed, client_app, open_site
+import pytest
+
+from lepton_fl.errors import ConfigError, VerificationFailed
+from lepton_fl.messages import SECAGG, SecureRequest
+from lepton_fl.simulation.functional import Functional
+from lepton_fl.simulation.members import memberships
+from lepton_fl.site import Deployed, open_site
+from lepton_fl.site.history import DiskHistory
 
 POLICY = """\
 [data]
@@ -58,7 +62,7 @@ def test_a_site_without_a_ledger_does_not_open(home):
     (home / "state").mkdir()
     (home / "state" / "ledger.db").write_bytes(b"not a ledger" * 100)
 
-    with pytest.raises(ConfigError, match="cannot be used as a ledger"):
+    with pytest.raises(VerificationFailed, match="cannot be used as a ledger"):
         open_site(home / "site.toml")
 
 
@@ -67,7 +71,7 @@ def test_no_noise_is_drawn_twice(home, opened, study):
     again = open_site(home / "site.toml")
     again.ledger.close()
 
-    drawn = {torch.rand(1, generator=s.noise.torch("noise", 1)).item() for s in (again, opened, opened)}
+    drawn = {s.noise.key("noise", 1) for s in (again, opened, opened)}
     assert len(drawn) == 3
 
 
@@ -87,11 +91,25 @@ def test_a_deployed_site_trains_on_its_own_table(opened, ask, charged):
     assert charged(opened) == [1]
 
 
-def test_the_app_of_a_deployed_site_refuses_secure_aggregation(opened, make_study, ask):
-    """This release's agents have none."""
-    app = client_app(opened)
+def test_a_deployed_site_that_is_a_member_enters_a_secure_round(home, make_study, ask, charged):
+    """What leaves it first is an advert, and no update."""
+    history = DiskHistory(home / "rounds.db")
+    _, members = memberships({101: "bank", 102: "clinic", 103: "ward"})
+    site = open_site(home / "site.toml", replace(members["clinic"], history=history))
     study = make_study(secure_aggregation={"enabled": True})
 
-    reply = ask(app, JOIN, study=study, cohort=())
+    reply = ask(site, study=study, secure=SecureRequest(kind="train", attempt=1, roster=1))
+    left, spent = set(reply.content), charged(site)
+    site.ledger.close()
+    history.close()
 
-    assert reply.error.reason == "secure aggregation is not available at the site"
+    assert left == {SECAGG}
+    assert spent == [1]
+
+
+def test_a_deployed_site_has_the_protocol_or_nothing(opened):
+    """For callers that no type checker has read: what is for rehearsals sends the update in clear."""
+    _, members = memberships({102: "clinic"})
+
+    with pytest.raises(TypeError, match="has the protocol, or no secure aggregation"):
+        replace(opened, aggregation=Functional(members["clinic"]))

@@ -1,6 +1,6 @@
 """The controls round a site's ClientApp: nothing a server sends can go round them."""
 
-import sqlite3
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +10,9 @@ from flwr.app import ConfigRecord
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lepton_fl.errors import BadRequest, BudgetExhausted, DataError, PolicyRefused
+from lepton_fl.errors import BadRequest, BudgetExhausted, ConfigError, DataError, PolicyRefused
 from lepton_fl.messages import EVALUATE, JOIN, METRICS, ROUND, TRAIN, WEIGHT, from_record
+from lepton_fl.privacy import Ledger
 from lepton_fl.site.mods import TABLE_REFUSED
 from lepton_fl.tasks import arrays_of, build_model
 from lepton_fl.training import train_locally
@@ -77,15 +78,36 @@ def test_the_charge_is_on_disk_before_training_starts(site, ask, monkeypatch):
     seen = []
 
     def look(*args):
-        other = sqlite3.connect(f"file:{site.ledger.path}?mode=ro", uri=True)
-        seen.extend(other.execute("SELECT round, steps, sampling_rate FROM charges").fetchall())
-        other.close()
+        with closing(Ledger(site.ledger.path)) as other:
+            seen.extend(other.history(site.budget.data_set))
         return train_locally(*args)
 
     monkeypatch.setattr(TRAINING, look)
     ask(site, round=2)
 
-    assert seen == [(2, 1, 0.2)]
+    (row,) = seen
+    assert (row["round"], row["steps"], row["sampling_rate"]) == (2, 1, 0.2)
+    assert row["outcome"] == "charged"
+
+
+def test_what_leaves_is_committed_first(site, ask):
+    """In the site's own file, and only then a reply."""
+    assert released(ask(site))
+
+    (row,) = site.ledger.history(site.budget.data_set)
+    assert row["outcome"] == "released"
+
+
+def test_nothing_leaves_that_cannot_be_committed(site, ask, charged, monkeypatch):
+    """A disk that fails between training and sending costs the round."""
+
+    def fail(*_, **__):
+        raise ConfigError("disk full")
+
+    monkeypatch.setattr(Ledger, "commit", fail)
+
+    assert not released(ask(site))
+    assert charged(site) == [1]
 
 
 def test_a_crash_in_training_leaves_the_charge(site, ask, charged, monkeypatch):
@@ -188,21 +210,19 @@ def test_no_message_type_goes_round_the_policy(make_site, ask, kind):
     assert reply.error.reason == "the site's policy refuses the study (require.approval)"
 
 
-@pytest.mark.parametrize("kind", [JOIN, TRAIN, EVALUATE])
-def test_a_deployed_site_refuses_shared_noise_in_every_message(make_site, make_study, ask, kind):
-    """Its share of the noise does not protect its update from the server."""
-    study = make_study(privacy={"noise": "shared"}, secure_aggregation={"enabled": True})
+@pytest.mark.parametrize("noise", ["local", "shared"])
+@pytest.mark.parametrize("deployed", [True, False])
+def test_a_site_without_an_identity_is_in_no_secure_round(
+    make_site, make_study, ask, charged, noise, deployed
+):
+    """Its update would be seen by the server; and nothing is spent on what is not to be."""
+    study = make_study(privacy={"noise": noise}, secure_aggregation={"enabled": True})
+    site = make_site(deployed=deployed)
 
-    reply = ask(make_site(deployed=True), kind, study=study)
+    reply = ask(site, study=study)
 
     assert reply.error.reason == "secure aggregation is not available at the site"
-
-
-def test_a_simulated_site_trains_under_shared_noise(site, make_study, ask):
-    """The simulator forms the sum in the place of secure aggregation, and says so."""
-    study = make_study(privacy={"noise": "shared"}, secure_aggregation={"enabled": True})
-
-    assert released(ask(site, study=study))
+    assert charged(site) == []
 
 
 @pytest.mark.parametrize(
@@ -250,7 +270,7 @@ def _outcome(site, reply):
 
 @pytest.mark.parametrize(
     "really",
-    [{"noise_multiplier": 0.001}, {"steps": 2}, {"sampling_rate": 0.21}, {"clip": 1.01}],
+    [{"lattice": None}, {"steps": 2}, {"sampling_rate": 0.21}, {"clip": 1.01}],
     ids=lambda really: next(iter(really)),
 )
 def test_training_that_spent_more_than_was_charged_does_not_leave(site, ask, monkeypatch, really):

@@ -4,6 +4,8 @@ import pytest
 
 from lepton_fl.config import parse
 from lepton_fl.errors import ConfigError, PolicyRefused
+from lepton_fl.secure_rounds import cohort_of
+from lepton_fl.simulation.members import memberships
 from lepton_fl.site import Policy
 from lepton_fl.site.policy import Approvals, admit_data, admit_study
 
@@ -34,6 +36,25 @@ def admit(make_study, make_policy, approvals):
 def test_a_study_within_the_policy_is_admitted(admit):
     """Otherwise the refusals below would show nothing."""
     admit()
+
+
+def test_groups_smaller_than_the_least_cohort_are_refused(admit):
+    """Before the cohort is known: a site is hidden in its group alone, however many sites there are."""
+    study = {"secure_aggregation": {"enabled": True, "min_sites": 15, "group_size": 5}}
+    admit(study, {"require": {"min_sites": 5}}, cohort=None)
+
+    with pytest.raises(PolicyRefused, match=r"sums over groups of 5.* 6 or more .*require\.min_sites"):
+        admit(study, {"require": {"min_sites": 6}}, cohort=None)
+
+
+def test_a_study_against_fewer_colluders_is_refused(admit):
+    """Before anybody approves it, not only in the first round; without such sums nothing hangs on them."""
+    study = {"secure_aggregation": {"enabled": True, "min_sites": 4, "colluders": 1}}
+    admit(study, {"require": {"colluders": 1}}, cohort=None)
+    admit({}, {"require": {"colluders": 2}}, cohort=None)
+
+    with pytest.raises(PolicyRefused, match=r"against 1 colluders.* 2 or more .*require\.colluders"):
+        admit(study, {"require": {"colluders": 2}}, cohort=None)
 
 
 @pytest.mark.parametrize(
@@ -215,19 +236,33 @@ def test_delta_below_one_over_the_units_is_admitted(make_policy, make_study):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("secure", "said"),
     [
-        {"privacy": {"noise": "shared"}, "secure_aggregation": {"enabled": True}},
-        {"secure_aggregation": {"enabled": True}},
+        ({"min_sites": 2}, "what 2 sites can be protected against"),
+        ({"min_sites": 4, "colluders": 2}, "what 4 sites can be protected against"),
+        # Of the sizes above the smallest, the threshold of 10 holds out against the fewest.
+        ({"min_sites": 9, "colluders": 4}, "what 10 sites can be protected against"),
     ],
-    ids=["shared noise", "secure aggregation"],
+    ids=["two sites", "half of four", "four of ten"],
 )
-def test_a_deployed_agent_refuses_what_it_cannot_protect(make_study, make_site, changes):
-    """Without secure aggregation the server would see the update."""
-    with pytest.raises(PolicyRefused) as refused:
-        make_site(deployed=True).surroundings.admit(make_study(**changes))
+def test_a_deployed_agent_refuses_what_the_protocol_cannot_protect(make_study, make_site, secure, said):
+    """Before its people are asked."""
+    study = make_study(secure_aggregation={"enabled": True, **secure})
 
-    assert refused.value.public == "secure aggregation is not available at the site"
+    with pytest.raises(ConfigError, match=said):
+        make_site(deployed=True).surroundings.admit(study)
+
+
+def test_two_sites_are_refused_unless_the_policy_says_otherwise(make_policy, make_study):
+    """Of a sum of two, each sees the other's part: only for two that mind the server alone."""
+    study = make_study(secure_aggregation={"enabled": True, "min_sites": 2, "colluders": 0})
+    consortium, _ = memberships({101: "bank", 102: "clinic"})
+    cohort = cohort_of(study, ("bank", "clinic"), consortium.roster)
+
+    with pytest.raises(PolicyRefused, match=r"a cohort of 2, this site allows 3"):
+        admit_study(make_policy(), study, cohort=2, file=FILE, approvals=None)
+    admit_study(make_policy(require={"min_sites": 2}), study, cohort=2, file=FILE, approvals=None)
+    assert (cohort.n, cohort.quorum, cohort.hidden_among) == (2, 2, 2)
 
 
 def test_a_deployed_agent_admits_local_noise(study, make_site):
