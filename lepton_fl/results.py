@@ -22,6 +22,8 @@ from lepton_fl.study import OperatingPoint
 ArmName = Literal["local", "linear", "federated", "pooled"]
 """local, linear: a site's own gradient boosting and logistic regression, on its own records alone."""
 OwnArm = Literal["local", "linear"]
+SecureRun = Literal["full", "functional"]
+"""full: by the protocol of secure aggregation. functional: the same integers and noise, added up in clear."""
 SweepValue = bool | int | float | str
 
 
@@ -197,6 +199,34 @@ class Confusion(Strict):
         return cls(**dict(zip(cls.model_fields, map(sum, zip(*counts, strict=True)), strict=True)))
 
 
+class Bounded(Strict):
+    """A figure that was computed from counts by bin of the score, and how far it may be off."""
+
+    value: float | None = None
+    """None where it is not shown."""
+    low: float | None = None
+    high: float | None = None
+    """Between them lies the figure of the records: for certain where the counts are exact; noise, by its law,
+    in 95 of 100 cases."""
+    withheld: str = ""
+    """Why it is not shown."""
+
+
+class Pooled(Strict):
+    """Figures of the model on all sites' held-out records, from one sum of their histograms of scores."""
+
+    release: Literal["dp", "exact"]
+    """exact: left without noise, and is named in red. dp: noise was added, and charged."""
+    sites: int
+    """In the sum. Under dp a site whose policy releases nothing is in it, and adds noise but no record."""
+    epsilon: float | None
+    """Of the histograms alone, at the study's delta; it is within the study's own. None for exact ones."""
+    metric: Bounded
+    """The study's."""
+    recall: dict[str, Bounded]
+    """By false positive rate: of the highest edge of a bin at which no more negatives are above it."""
+
+
 class FirstSeed(Strict):
     """An arm's scores of all held-out records of one seed: the first, whose run is the charged one."""
 
@@ -257,6 +287,19 @@ class Promise(Strict):
     sample_rate: float
     steps: int
     """Steps that the noise covers, spare rounds included."""
+    leaves: str = ""
+    """What leaves a site in each round, in one sentence; empty in files of earlier releases."""
+
+
+class SecureSums(Strict):
+    """How the sums of a run with secure aggregation came about."""
+
+    ran: SecureRun
+    suite: str
+    hides: str
+    """What it promises a site of this cohort, and what its noise is."""
+    noise_factor: float | None
+    """Shared noise on the sum, nobody missing, over what a trusted curator would add; None: not shared."""
 
 
 class ModelFile(Strict):
@@ -276,7 +319,7 @@ class Results(Strict):
     """interrupted: by the user. stopped: too few sites, or refused in mid-run."""
     verdict: str
     labels: tuple[str, ...]
-    """What a reader must know before any figure: SIMULATED, simulation noise, curator."""
+    """What a reader must know before any figure: SIMULATED, simulation noise, how sums were formed."""
     study_id: str
     study_name: str
     purpose: str
@@ -289,12 +332,16 @@ class Results(Strict):
     strategy: str
     model: ModelFile | None
     promise: Promise
+    secure_aggregation: SecureSums | None = None
+    """None: the study has none."""
     rounds_planned: int
     stopped_early: str | None = None
     """By which rule the run, completed, ended before the planned rounds; the last of `rounds` says where."""
     rounds: tuple[RoundSummary, ...]
     sites: tuple[SiteSummary, ...]
     arms: tuple[Arm, ...]
+    pooled: Pooled | None = None
+    """What the sites' own histograms told the server: None where the study releases none, or none came."""
     gain: Interval | None = None
     """Federated minus each site's `own_best`, mean over sites, paired by seed and held-out record."""
     curve: tuple[CurvePoint, ...] = ()

@@ -159,7 +159,10 @@ def _advice(row: Comparison) -> str:
 
 
 def _privacy(results: Results) -> list[str]:
-    lines = [_plain(wording.guarantee(results.promise))]
+    said = [wording.guarantee(results.promise), results.promise.leaves]
+    if results.secure_aggregation is not None:
+        said += [results.secure_aggregation.hides, wording.secure_run(results.secure_aggregation) + "."]
+    lines = [_plain(" ".join(filter(None, said)))]
     most = most_spent(results)
     if most is not None:
         lines.append(
@@ -172,6 +175,8 @@ def _privacy(results: Results) -> list[str]:
         if site.released_exact:
             released = _plain(", ".join(site.released_exact))
             lines += ["", f"**{_plain(site.site)} released without noise: {released}**"]
+    if pooled := [_plain(line) for line in wording.pooled(results)]:
+        lines += ["", pooled[0], "", *(f"* {line}" for line in pooled[1:])]
     return lines
 
 

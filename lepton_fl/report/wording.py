@@ -10,7 +10,16 @@ from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from lepton_fl.report.findings import Advice
-from lepton_fl.results import Arm, FirstSeed, Interval, Promise, RecallAt, Results
+from lepton_fl.results import (
+    Arm,
+    Bounded,
+    FirstSeed,
+    Interval,
+    Promise,
+    RecallAt,
+    Results,
+    SecureSums,
+)
 
 METRIC = {"auc": "AUC", "auprc": "AUPRC (average precision)"}
 UNDEFINED = "not defined: only one class among the held-out records"
@@ -39,6 +48,11 @@ STATUS = {
     "completed": "completed",
     "interrupted": "interrupted by the user",
     "stopped": "stopped: too few sites, or refused in mid-run",
+}
+SECURE_RUN = {
+    "full": "the protocol ran in every round of the charged run; rehearsals added up the same integers and "
+    "noise without masks",
+    "functional": "not run: the simulator added up the same integers and the same noise without masks",
 }
 NOISE = {
     "local": "local: every site adds all of it",
@@ -98,6 +112,11 @@ def delta(value: float) -> str:
         return f"{value:g}"
     digits, exponent = f"{value:e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
+
+
+def secure_run(sums: SecureSums) -> str:
+    """`LSA1: ` and whether the protocol ran."""
+    return f"{sums.suite}: {SECURE_RUN[sums.ran]}"
 
 
 def unit(promise: Promise) -> str:
@@ -236,3 +255,29 @@ def one_list(arms: Mapping[str, Arm | None]) -> str:
     if arms.get("local") or arms.get("linear"):
         words += "; of the sites' own models, the list holds scores of different models"
     return f"{words}."
+
+
+def pooled(results: Results) -> list[str]:
+    """What the sum of the sites' histograms told, a line for each figure; the first says how it was had."""
+    found, promise = results.pooled, results.promise
+    if found is None:
+        return []
+    how = "exact figures: no noise"
+    if found.epsilon is not None:
+        how = (
+            f"with noise: epsilon {found.epsilon:g} of the study, at delta {delta(promise.delta or 0)} "
+            f"{unit(promise)}"
+        )
+    figures = {METRIC[results.metric]: found.metric} | {
+        f"recall at {percent(float(fpr))} FPR": figure for fpr, figure in found.recall.items()
+    }
+    return [
+        f"From one sum of the score histograms of {found.sites} sites ({how}):",
+        *(f"{name} {_bounded(figure)}" for name, figure in figures.items()),
+    ]
+
+
+def _bounded(figure: Bounded) -> str:
+    if figure.value is None or figure.low is None or figure.high is None:
+        return f"not shown: {figure.withheld}"
+    return f"{figure.value:.3f}, between {figure.low:.3f} and {figure.high:.3f}"

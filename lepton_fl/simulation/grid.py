@@ -13,8 +13,15 @@ from flwr.clientapp import ClientApp
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.federation.grids import OwnGrid
-from lepton_fl.messages import CONFIG, JOIN, ROUND, TRAIN
+from lepton_fl.messages import CONFIG, JOIN, PHASES, ROUND, TRAIN
+from lepton_fl.secagg.errors import Phase
 from lepton_fl.site import Simulated, SiteApp
+
+_PHASE_OF = {kind: phase for phase, kind in PHASES.items()}
+_STEP = {phase: step for step, phase in enumerate(Phase)}
+_DROP = re.compile(
+    r"(?P<site>.+)@(?P<first>[0-9]{1,9})(-(?P<last>[0-9]{1,9}))?(:(?P<phase>share|mask|confirm|unmask))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +38,41 @@ class Drop:
     first: int
     last: int | None = None
     """Inclusive; None: it never comes back."""
+    phase: Phase = Phase.ADVERTISE
+    """The exchange of the first round with which it goes down; a round begins with ADVERTISE."""
 
     @classmethod
     def parse(cls, text: str) -> Drop:
-        """`SITE@ROUND`, from that round on, or `SITE@FIRST-LAST`.
+        """`SITE@ROUND`, from that round on, or `SITE@FIRST-LAST`; `:PHASE` is of the first round.
 
         Raises:
-            ConfigError: it is neither.
+            ConfigError: it is none of them.
         """
-        found = re.fullmatch(r"(?P<site>.+)@(?P<first>[0-9]{1,9})(-(?P<last>[0-9]{1,9}))?", text.strip())
+        found = _DROP.fullmatch(text.strip())
         if found is None or int(found["last"] or found["first"]) < int(found["first"]):
             raise ConfigError.at(
-                "command line", "--drop", found=text, allowed="SITE@ROUND, or SITE@FIRST-LAST in this order"
+                "command line",
+                "--drop",
+                found=text,
+                allowed="SITE@ROUND, or SITE@FIRST-LAST in this order; and :share, :mask, :confirm or "
+                ":unmask where the site goes down in the middle of a round",
             )
         last = None if found["last"] is None else int(found["last"])
-        return cls(site=found["site"], first=int(found["first"]), last=last)
+        phase = Phase(found["phase"] or Phase.ADVERTISE)
+        return cls(site=found["site"], first=int(found["first"]), last=last, phase=phase)
 
-    def __contains__(self, number: int) -> bool:
-        """Whether the site is down in this round."""
-        return self.first <= number and (self.last is None or number <= self.last)
+    def silences(self, number: int, phase: Phase = Phase.ADVERTISE) -> bool:
+        """Whether this exchange of round `number` does not reach the site."""
+        if number < self.first or (self.last is not None and number > self.last):
+            return False
+        return number > self.first or _STEP[phase] >= _STEP[self.phase]
 
     def __str__(self) -> str:
         """In words, for the labels of a run."""
-        return f"{self.site} from round {self.first}" + ("" if self.last is None else f" to {self.last}")
+        phase = "" if self.phase is Phase.ADVERTISE else f"{self.phase} of "
+        return f"{self.site} from {phase}round {self.first}" + (
+            "" if self.last is None else f" to {self.last}"
+        )
 
 
 class InProcessGrid(OwnGrid):
@@ -80,6 +99,8 @@ class InProcessGrid(OwnGrid):
         super().__init__()
         self._drops = {node: tuple(found) for node, found in (drops or {}).items()}
         self._at = at
+        self._phase = Phase.ADVERTISE
+        """Of round `_at`, the furthest that a message has asked for."""
         self._begun = False
         self._nodes = {
             node: _Node(
@@ -91,7 +112,7 @@ class InProcessGrid(OwnGrid):
         self._replies: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
-        return [node for node in self._nodes if not self._begun or not self._down(node, self._at + 1)]
+        return [node for node in self._nodes if not self._begun or not self._silent(node, self._at + 1)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         names = []
@@ -118,15 +139,26 @@ class InProcessGrid(OwnGrid):
                 replies += answers
         return replies
 
-    def _reaches(self, message: Message) -> bool:
-        kind = message.metadata.message_type
-        if self._drops and kind == TRAIN:
-            self._at, self._begun = int(str(message.content.config_records[CONFIG][ROUND])), True
-        to_come = kind == JOIN and self._begun
-        return not self._down(message.metadata.dst_node_id, self._at + to_come)
+    def is_up(self, node: int, phase: Phase) -> bool:
+        """Whether this exchange of the round that was begun last would reach the node."""
+        return not self._silent(node, self._at, phase)
 
-    def _down(self, node: int, number: int) -> bool:
-        return any(number in drop for drop in self._drops.get(node, ()))
+    def _reaches(self, message: Message) -> bool:
+        kind, node = message.metadata.message_type, message.metadata.dst_node_id
+        if not self._drops:
+            return True
+        if kind == TRAIN:
+            self._at, self._begun = int(str(message.content.config_records[CONFIG][ROUND])), True
+            self._phase = Phase.ADVERTISE
+        elif kind == JOIN and self._begun:
+            return not self._silent(node, self._at + 1)
+        elif kind in _PHASE_OF:
+            # Another attempt begins with the first exchange again: who went down in this round stays down.
+            self._phase = max(self._phase, _PHASE_OF[kind], key=_STEP.__getitem__)
+        return self.is_up(node, self._phase)
+
+    def _silent(self, node: int, number: int, phase: Phase = Phase.ADVERTISE) -> bool:
+        return any(drop.silences(number, phase) for drop in self._drops.get(node, ()))
 
 
 def _is_simulated(app: ClientApp) -> bool:

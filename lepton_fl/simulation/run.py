@@ -7,7 +7,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,18 +15,22 @@ import numpy as np
 import tomli_w
 import torch
 from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
 
 from lepton_fl.config import parse
 from lepton_fl.data import Table, partition, pool, split
 from lepton_fl.errors import ConfigError, DataError
-from lepton_fl.federation import Federation, Observer, PublicTable, server_app
+from lepton_fl.federation import Federation, Observer, PublicTable, SecureGrid, server_app
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Guarantee, Ledger, RehearsalLedger
-from lepton_fl.simulation.curator import CuratorGrid
+from lepton_fl.secagg.errors import Phase
+from lepton_fl.simulation.functional import Functional, FunctionalGrid
 from lepton_fl.simulation.grid import Drop, InProcessGrid
+from lepton_fl.simulation.members import memberships
 from lepton_fl.site import Policy, Simulated, Site, SiteData, StockFlower, client_app
 from lepton_fl.site.config import files_of
 from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.site.secure import LSA1
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, arrays_of, build_model, load_arrays, task_of
 from lepton_fl.tasks.metrics import Scored
@@ -74,7 +78,7 @@ def rehearsal_policy(study: Study, data_set: str) -> str:
             "privacy_units": [privacy.unit],
             "approval": "auto",
         },
-        "release": {"metrics": "none", "allow_models": [study.model_name]},
+        "release": {"metrics": study.evaluation.release, "allow_models": [study.model_name]},
     }
     title = (
         "# Written by the simulator: allows just this study. A real policy is the privacy officer's own.\n"
@@ -142,24 +146,13 @@ class Run:
 
     federation: Federation
     sites: dict[str, Site[Simulated]]
-    grid: InProcessGrid
+    grid: Grid
     guarantee: Guarantee
-    seed: int
 
     def start(self) -> None:
         """Run to the end; `federation` and `sites` hold what there is when it raises."""
-        study = self.federation.study
-        grid: InProcessGrid | CuratorGrid = self.grid
-        if study.secure_aggregation.enabled:
-            grid = CuratorGrid(
-                self.grid,
-                study=study,
-                guarantee=self.guarantee,
-                template=self.federation.model,
-                noise=SimulationNoise(self.seed, "curator").of(study.id),
-            )
         context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config={})
-        server_app(self.federation)(grid, context)
+        server_app(self.federation)(self.grid, context)
 
     def close(self) -> None:
         """Close the sites' ledgers."""
@@ -181,6 +174,9 @@ def check_drops(drops: Iterable[Drop], study: Study, splits: Splits) -> None:
         if not 1 <= drop.first <= rounds or (drop.last or 0) > last:
             allowed = f"from a round of 1 to {rounds}, to one of at most {last} (spare rounds included)"
             raise ConfigError.at("command line", "--drop", found=str(drop), allowed=allowed)
+        if drop.phase is not Phase.ADVERTISE and not study.secure_aggregation.enabled:
+            allowed = "a round without a phase: the study has no secure aggregation"
+            raise ConfigError.at("command line", "--drop", found=str(drop), allowed=allowed)
 
 
 def prepare(
@@ -195,8 +191,12 @@ def prepare(
     observer: Observer | None = None,
     public: PublicTable | None = None,
     drops: Iterable[Drop] = (),
+    masked: bool = False,
 ) -> Run:
     """Everything that one run needs, nothing started.
+
+    `masked`: secure aggregation, where the study has it, is run in full. Else the same integers and the same
+    noise are added up in clear: the model is bit by bit the same.
 
     Raises:
         DataError: the sites' tables do not have the same features.
@@ -225,13 +225,19 @@ def prepare(
             context=context,
             public=public,
         )
-    grid = InProcessGrid(
+    consortium, members = memberships(nodes)
+    how = LSA1 if masked else Functional
+    sites = {name: replace(site, aggregation=how(members[name])) for name, site in sites.items()}
+    inner = InProcessGrid(
         {node: client_app(sites[name]) for node, name in nodes.items()},
         drops={node: [drop for drop in drops if drop.site == name] for node, name in nodes.items()},
         # A machine that is down when a run is resumed does not join it there and then.
         at=federation.started,
     )
-    return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study), seed=seed)
+    grid: Grid = inner
+    if study.secure_aggregation.enabled:
+        grid = SecureGrid(inner, lambda: consortium) if masked else FunctionalGrid(inner, consortium)
+    return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study))
 
 
 def first_model(study: Study, width: int, seed: int) -> Arrays:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import platform
 import sys
@@ -25,7 +26,6 @@ from lepton_fl.errors import ConfigError, DataError, LeptonError, PolicyRefused,
 from lepton_fl.federation import PublicTable, stopping_of
 from lepton_fl.federation.loop import RoundReport
 from lepton_fl.privacy import epsilon as composed_epsilon
-from lepton_fl.privacy.guarantee import CURATOR
 from lepton_fl.results import (
     Arm,
     ArmName,
@@ -36,10 +36,13 @@ from lepton_fl.results import (
     Promise,
     Results,
     RoundSummary,
+    SecureRun,
+    SecureSums,
     SiteSummary,
     read_results,
     write_results,
 )
+from lepton_fl.secure_rounds import check_protectable, noise_factor, what_hides, what_leaves
 from lepton_fl.simulation.baselines import (
     OWN_LABEL,
     POOLED_LABEL,
@@ -71,6 +74,11 @@ log = logging.getLogger(__name__)
 
 CURVE_SEEDS = 3
 """Seeds, at most, for each point of the utility curve: its shape is what is read, not its last digit."""
+MASKED_PAIRS = 30_000
+"""Pairs of sites, over all rounds, up to which a charged run has the protocol in full: at 2 ms or 3 for each
+(simulations/benchmarks/secure_rounds.md) about a minute at most."""
+FUNCTIONAL = "no masks: the simulator formed the sums"
+"""Label of every result with sums of secure aggregation that its protocol did not form."""
 LOOKS = 25
 """How often, at most, a run's progress is measured on held-out records."""
 
@@ -126,11 +134,27 @@ class Plan:
     """Suffered by the charged run and by the rehearsals alike."""
     kept: Path | None = None
     """Folder where the baselines' scores are kept for other runs on the same records."""
+    secagg: SecureRun | None = None
+    """How the charged run forms its sums; by default in full up to `MASKED_PAIRS`. Rehearsals: functional."""
+
+    @property
+    def sums(self) -> SecureRun | None:
+        """How the charged run's sums are formed; None where the study has no secure aggregation."""
+        if not self.study.secure_aggregation.enabled:
+            return None
+        pairs = math.comb(len(self.tables), 2) * self.study.train.rounds
+        return self.secagg or ("full" if pairs <= MASKED_PAIRS else "functional")
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What a reader must know of the sites before any figure."""
+        """What a reader must know of the sums and the sites before any figure."""
         found = []
+        if self.sums == "functional":
+            found.append(FUNCTIONAL)
+        elif self.sums == "full":
+            rehearsed = len(self.seeds) > 1 or self.curve
+            suite = self.study.secure_aggregation.suite
+            found.append(f"secure aggregation ({suite}) ran{', but for rehearsals' if rehearsed else ''}")
         if self.cut is not None:
             found.append(f"artificial sites: one table cut {len(self.tables)} ways ({self.cut})")
         if self.drops:
@@ -154,10 +178,11 @@ def check(study: Study, splits: Splits, public: PublicTable | None = None) -> No
 
     Raises:
         TooFewSites: fewer sites than the study's smallest cohort.
-        ConfigError: delta is not below one over the units of the smallest site, or `public` is not what the
-            study's early stopping asks.
+        ConfigError: delta is not below one over the units of the smallest site, `public` is not what the
+            study's early stopping asks, or a cohort cannot be protected against the study's colluders.
     """
     stopping_of(study, public)
+    check_protectable(study)
     least = study.needed(len(splits))
     if len(splits) < least:
         raise TooFewSites(
@@ -191,6 +216,10 @@ def check_plan(plan: Plan) -> Study:
 def _check_all(plan: Plan, study: Study, splits: Splits) -> None:
     check(study, splits, plan.public)
     check_drops(plan.drops, study, splits)
+    if plan.secagg is not None and plan.sums is None:
+        raise ConfigError.at(
+            "command line", "--secagg", found=plan.secagg, allowed="a study with secure_aggregation.enabled"
+        )
     for name, table in plan.tables.items():
         if plan.public is not None and plan.public.fingerprint == table.fingerprint:
             raise DataError(f"site {name}: its table is the public one: no run may stop on what judges it")
@@ -261,6 +290,7 @@ class _Simulation:
             observer=self,
             public=self.plan.public,
             drops=self.plan.drops,
+            masked=self.plan.sums == "full",
         )
 
     def run(self) -> Results:
@@ -358,7 +388,14 @@ class _Simulation:
 
     def _curve_kinds(self) -> list[Literal["local", "shared"]]:
         # Shares of noise add up only within one step.
-        return ["local", "shared"] if self.study.train.strategy == "lockstep" else ["local"]
+        if self.study.train.strategy != "lockstep":
+            return ["local"]
+        try:
+            check_protectable(override(self.study, {"secure_aggregation.enabled": True}))
+        except ConfigError as error:
+            log.warning("no points with shared noise: %s", error)
+            return ["local"]
+        return ["local", "shared"]
 
     def _variant(self, epsilon: float, noise: Literal["local", "shared"]) -> Study:
         changes: dict[str, object] = {"privacy.epsilon": epsilon, "privacy.noise": noise}
@@ -437,11 +474,13 @@ class _Simulation:
             strategy=study.train.strategy,
             model=self._model_file() if federation.done else None,
             promise=self._promise(),
+            secure_aggregation=self._secure_sums(),
             rounds_planned=study.train.rounds,
             stopped_early=federation.stopped_early or None,
             rounds=tuple(self.rounds),
             sites=tuple(self._site(name, best.get(name), gains.get(name)) for name in sorted(self.splits)),
             arms=arms,
+            pooled=federation.pooled,
             gain=difference,
             curve=tuple(self.curve),
             seeds=self.plan.seeds,
@@ -545,8 +584,8 @@ class _Simulation:
     def _labels(self) -> tuple[str, ...]:
         labels = (*self.main.guarantee.simulation_labels, *self.plan.labels)
         labels = tuple(dict.fromkeys((*labels, *self.labels)))
-        curve_only = CURATOR not in labels and any(point.noise == "shared" for point in self.curve)
-        return (*labels, f"{CURATOR} (shared-noise curve)") if curve_only else labels
+        curve_only = self.plan.sums is None and any(point.noise == "shared" for point in self.curve)
+        return (*labels, f"{FUNCTIONAL} (shared-noise curve)") if curve_only else labels
 
     def _promise(self) -> Promise:
         study, guarantee = self.study, self.main.guarantee
@@ -561,6 +600,19 @@ class _Simulation:
             noise_multiplier=None if event is None else event.noise_multiplier,
             sample_rate=study.train.sample_rate,
             steps=study.charged_steps,
+            leaves=what_leaves(
+                study, sum(a.size for a in self.main.federation.model.values()), len(self.splits)
+            ),
+        )
+
+    def _secure_sums(self) -> SecureSums | None:
+        if self.plan.sums is None:
+            return None
+        return SecureSums(
+            ran=self.plan.sums,
+            suite=self.study.secure_aggregation.suite,
+            hides=what_hides(self.study, len(self.splits)),
+            noise_factor=noise_factor(self.study, len(self.splits)),
         )
 
     def _model_file(self) -> ModelFile:
@@ -613,7 +665,9 @@ def _first_refusal(run: Run) -> LeptonError:
     refusing = [site for site in run.sites.values() if site.refusals]
     first = refusing[0].refusals[0]
     more = f" (and {len(refusing) - 1} more sites)" if len(refusing) > 1 else ""
-    return type(first)(f"site {refusing[0].name}: {first.message}{more}", fix=first.fix)
+    # Not made anew: errors of the protocol have a phase and a culprit too.
+    first.message = f"site {refusing[0].name}: {first.message}{more}"
+    return first
 
 
 def _data_sha256(tables: Mapping[str, Table]) -> str:

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from lepton_fl.report import html
 from lepton_fl.report.html import render_html
-from lepton_fl.results import Arm, Interval, Results
+from lepton_fl.results import Arm, Bounded, Interval, Pooled, Results
 
 
 def without_plotly(page: str) -> str:
@@ -504,3 +504,38 @@ def test_run_cut_off_before_the_first_look_points_at_its_ledgers(hospitals):
 
     assert "what was spent is in the ledgers above" in page
     assert "No round was charged" not in page
+
+
+def test_exact_figures_of_the_sites_are_red(hospitals):
+    """One sum of all sites' scores, without noise; what is not shown says why."""
+    figures = Pooled(
+        release="exact",
+        sites=4,
+        epsilon=None,
+        metric=Bounded(value=0.8123, low=0.81, high=0.815),
+        recall={"0.01": Bounded(withheld="not defined on so few records")},
+    )
+
+    page = section(without_plotly(render_html(hospitals.model_copy(update={"pooled": figures}))), "privacy")
+
+    said = "From one sum of the score histograms of 4 sites (exact figures: no noise):"
+    assert f'<p class="released">{said}</p>' in page
+    assert "AUC 0.812, between 0.810 and 0.815" in text(page)
+    assert "recall at 1 % FPR not shown: not defined on so few records" in text(page)
+
+
+def test_noisy_figures_of_the_sites_tell_their_epsilon(hospitals):
+    """With its unit and delta, and not in red."""
+    figures = Pooled(
+        release="dp", sites=3, epsilon=0.8, metric=Bounded(value=0.8, low=0.7, high=0.9), recall={}
+    )
+
+    page = section(without_plotly(render_html(hospitals.model_copy(update={"pooled": figures}))), "privacy")
+
+    assert "(with noise: epsilon 0.8 of the study, at delta 1e-5 per record):" in text(page)
+    assert "AUC 0.800, between 0.700 and 0.900" in text(page)
+
+
+def test_no_figures_of_the_sites_no_words(page):
+    """Where no histogram was summed."""
+    assert "histograms" not in section(page, "privacy")

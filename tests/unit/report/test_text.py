@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import re
 
-from lepton_fl.report import render_markdown
-from lepton_fl.results import Results
+import pytest
+
+from lepton_fl.report import render_html, render_markdown
+from lepton_fl.results import Bounded, Pooled, Results, SecureSums
 
 
 def test_table_has_a_row_for_each_site(hospitals):
@@ -47,6 +49,25 @@ def test_privacy_line_is_whole(hospitals):
     assert "epsilon 3, delta 1e-5 per record, against: the server and readers of the model" in found
     assert "epsilon 6.45 of 8 at hungary" in found
     assert "**hungary released without noise: AUC on held-out records**" in found
+
+
+@pytest.mark.parametrize(
+    ("ran", "said"),
+    [
+        ("full", "LSA1: the protocol ran in every round of the charged run"),
+        ("functional", "LSA1: not run: the simulator added up the same integers"),
+    ],
+)
+def test_what_leaves_and_what_hides_it_is_said(hospitals, ran, said):
+    """Beside the promise, with whether the protocol ran; the page has the same."""
+    sums = SecureSums(ran=ran, suite="LSA1", hides="hidden among 3", noise_factor=1.15)
+    promise = hospitals.promise.model_copy(update={"leaves": "Each round releases 43 numbers."})
+    results = hospitals.model_copy(update={"secure_aggregation": sums, "promise": promise})
+
+    for written in (render_markdown(results), render_html(results)):
+        assert "Each round releases 43 numbers." in written
+        assert "hidden among 3" in written
+        assert said in written
 
 
 def test_gain_has_its_interval(hospitals):
@@ -108,3 +129,15 @@ def test_older_file_has_neither(old):
     assert "## Operating point" not in found
     assert "## Calibration" not in found
     assert "- data not known" in found
+
+
+def test_figures_of_the_sites(hospitals):
+    """As in the HTML report."""
+    figures = Pooled(
+        release="exact", sites=4, epsilon=None, metric=Bounded(value=0.8123, low=0.81, high=0.815), recall={}
+    )
+
+    found = render_markdown(hospitals.model_copy(update={"pooled": figures}))
+
+    assert "(exact figures: no noise):" in found
+    assert "* AUC 0.812, between 0.810 and 0.815" in found

@@ -7,7 +7,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file
 
-from lepton_fl.cli.texts import study_text
+from lepton_fl.cli.texts import flower_texts
 from lepton_fl.data import Contract, load_dataset
 from lepton_fl.errors import ConfigError
 from lepton_fl.messages import CONFIG, JOIN, Assignment, assignment_config
@@ -32,7 +32,7 @@ def _quiet():
 @pytest.fixture
 def study_file(tmp_path):
     path = tmp_path / "study.toml"
-    path.write_text(study_text("heart", epsilon=3.0).replace("rounds = 50", "rounds = 2"))
+    path.write_text(flower_texts(tmp_path)["study.toml"].replace("rounds = 50", "rounds = 2"))
     return path
 
 

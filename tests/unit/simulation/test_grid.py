@@ -3,6 +3,7 @@
 import pytest
 
 from lepton_fl.errors import ConfigError
+from lepton_fl.secagg.errors import Phase
 from lepton_fl.simulation import Drop
 from lepton_fl.simulation.run import check_drops, prepare
 
@@ -13,6 +14,8 @@ from lepton_fl.simulation.run import check_drops, prepare
         ("bank-1@3", Drop(site="bank-1", first=3)),
         ("bank-1@3-5", Drop(site="bank-1", first=3, last=5)),
         ("a@b@1-1", Drop(site="a@b", first=1, last=1)),
+        ("bank-1@3:mask", Drop(site="bank-1", first=3, phase=Phase.MASK)),
+        ("bank-1@3-5:unmask", Drop(site="bank-1", first=3, last=5, phase=Phase.UNMASK)),
     ],
 )
 def test_a_drop_is_a_site_and_rounds(text, drop):
@@ -20,7 +23,9 @@ def test_a_drop_is_a_site_and_rounds(text, drop):
     assert Drop.parse(text) == drop
 
 
-@pytest.mark.parametrize("text", ["bank-1", "@3", "bank-1@", "bank-1@x", "bank-1@5-3", "bank-1@-1", "b@1-"])
+@pytest.mark.parametrize(
+    "text", ["bank-1", "@3", "bank-1@", "bank-1@x", "bank-1@5-3", "bank-1@-1", "b@1-", "b@1:over", "b@1:"]
+)
 def test_what_is_no_drop_is_refused(text):
     """With the form."""
     with pytest.raises(ConfigError, match=r"--drop: found .* allowed: SITE@ROUND, or SITE@FIRST-LAST"):
@@ -29,8 +34,27 @@ def test_what_is_no_drop_is_refused(text):
 
 def test_a_drop_lasts_from_first_to_last():
     """Both inclusive."""
-    assert [n for n in range(1, 7) if n in Drop(site="a", first=3, last=4)] == [3, 4]
-    assert [n for n in range(1, 7) if n in Drop(site="a", first=5)] == [5, 6]
+    assert [n for n in range(1, 7) if Drop(site="a", first=3, last=4).silences(n)] == [3, 4]
+    assert [n for n in range(1, 7) if Drop(site="a", first=5).silences(n)] == [5, 6]
+
+
+def test_a_drop_in_mid_round_lasts_from_its_phase():
+    """In its first round; in those after it from their beginning."""
+    drop = Drop.parse("a@3-4:mask")
+    phases = [phase for phase in Phase if phase is not Phase.OVER]
+
+    silenced = {n: [phase.value for phase in phases if drop.silences(n, phase)] for n in (2, 3, 4, 5)}
+
+    assert silenced == {2: [], 3: ["mask", "confirm", "unmask"], 4: [phase.value for phase in phases], 5: []}
+    assert str(drop) == "a from mask of round 3 to 4"
+
+
+def test_a_phase_needs_secure_aggregation(make_study, splits):
+    """Without it a round is one exchange."""
+    study = make_study(secure_aggregation={"enabled": False}, privacy={"noise": "local"})
+
+    with pytest.raises(ConfigError, match="found 'a from unmask of round 1', allowed: a round without a"):
+        check_drops([Drop.parse("a@1:unmask")], study, splits)
 
 
 def test_an_unknown_site_is_refused_with_those_there_are(study, splits):
@@ -80,11 +104,11 @@ def test_a_site_that_comes_back_in_time_is_asked_again(rounds_charged):
     assert federation.refused == {}
 
 
-def test_a_site_that_comes_back_too_late_is_not(rounds_charged):
-    """After two rounds of silence it is put out."""
+def test_a_site_that_was_put_out_comes_back_where_a_round_can_lose_it_again(rounds_charged):
+    """After two rounds of silence it is out, and asked before the next."""
     charged, _ = rounds_charged(Drop(site="b", first=2, last=3))
 
-    assert charged["b"] == [1]
+    assert charged["b"] == [1, 4]
 
 
 def test_sites_are_dropped_apart(rounds_charged):

@@ -1,6 +1,7 @@
 """`simulate` charges one run, rehearses the rest, and leaves a whole result however it ends."""
 
 import tomllib
+from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
 
@@ -14,6 +15,7 @@ from lepton_fl.errors import BudgetExhausted, ConfigError, DataError, TooFewSite
 from lepton_fl.federation import PublicTable
 from lepton_fl.privacy import Ledger
 from lepton_fl.results import read_results
+from lepton_fl.secagg.errors import Phase, PolicyViolation
 from lepton_fl.simulation import Drop, check_plan, freeze, simulate
 from lepton_fl.simulation.simulate import Silent
 from lepton_fl.study import Study, override
@@ -53,7 +55,7 @@ def test_a_run_from_tables_to_results(heart_plan):
     assert [r.round for r in results.rounds] == [1, 2, 3]
     assert tuple(site.site for site in results.sites) == HOSPITALS
     assert model_hash(load_file(plan.out / "model.safetensors")) == results.model.sha256
-    assert {"SIMULATED", "simulation noise", "the simulator acts as curator"} == set(results.labels)
+    assert {"SIMULATED", "simulation noise", "secure aggregation (LSA1) ran"} == set(results.labels)
 
 
 def test_a_run_can_be_had_again_from_its_folder(heart_plan, tmp_path):
@@ -113,6 +115,22 @@ def write_policies(folder, **epsilon):
             '[require]\nsecure_aggregation = false\napproval = "auto"\n'
         )
     return folder
+
+
+def test_a_refusal_by_the_protocol_is_the_sites_own_words(heart_plan, tmp_path, monkeypatch):
+    """Such errors know a phase and a culprit too; they come through as they are, with the site's name."""
+
+    def refuse(*_, **__):
+        raise PolicyViolation("colluders is 1", phase=Phase.ADVERTISE)
+
+    monkeypatch.setattr("lepton_fl.site.mods.admit_study", refuse)
+
+    with pytest.raises(
+        PolicyViolation, match=r"site cleveland: advertise: colluders is 1 \(and 3 more"
+    ) as refused:
+        simulate(heart_plan())
+
+    assert refused.value.phase is Phase.ADVERTISE
 
 
 def test_a_spent_budget_refuses_the_next_run(heart_plan, tmp_path):
@@ -362,7 +380,97 @@ def test_a_drop_that_stops_the_run(heart_plan):
 
     assert results.status == "stopped"
     assert results.verdict.startswith("Stopped after 1 of 3 rounds.")
-    assert [sorted(r.dropped) for r in results.rounds[1:]] == [["cleveland", "hungary"]] * 2
+    gone, lost = "no answer before the deadline", "no sum: advertise: 2 adverts, at least 3 are needed"
+    reasons = {"cleveland": gone, "hungary": gone, "long-beach": lost, "switzerland": lost}
+    assert [(r.sites, r.dropped) for r in results.rounds[1:]] == [((), reasons)] * 2
+
+
+@pytest.mark.parametrize("asked", ["full", "functional"])
+def test_how_sums_were_formed_is_said(heart_plan, asked):
+    """In the labels and in the results, with what it promises a site; the model is the same."""
+    plan = heart_plan(secagg=asked)
+
+    results = simulate(plan)
+
+    other = simulate(replace(plan, out=plan.out / "other", secagg={"full": "functional"}.get(asked, "full")))
+    label = {
+        "full": "secure aggregation (LSA1) ran",
+        "functional": "no masks: the simulator formed the sums",
+    }[asked]
+    assert label in results.labels
+    assert results.secure_aggregation.ran == asked
+    assert results.secure_aggregation.noise_factor == pytest.approx((4 / 3) ** 0.5)
+    assert "hidden among at least min_sites - n_C = 3 honest sites" in results.secure_aggregation.hides
+    numbers = results.model.parameters
+    assert results.promise.leaves == (
+        f"Each round releases {numbers} numbers, only as a sum over at least 4 sites."
+    )
+    assert results.model.sha256 == other.model.sha256
+
+
+def test_rehearsals_are_said_to_have_no_masks(heart_plan):
+    """Only the charged run has the protocol in full."""
+    results = simulate(heart_plan(seeds=(0, 1)))
+
+    assert "secure aggregation (LSA1) ran, but for rehearsals" in results.labels
+
+
+@pytest.mark.parametrize(
+    ("sites", "rounds", "sums"), [(4, 5_000, "full"), (4, 5_001, "functional"), (250, 1, "functional")]
+)
+def test_many_pairs_over_many_rounds_are_functional(heart_plan, tables, sites, rounds, sums):
+    """6 pairs in 5,000 rounds are as many as are run in full unasked; 250 sites have 31,125 in each round."""
+    study = override(heart_plan().study, {"train.rounds": rounds})
+    table = next(iter(tables.values()))
+
+    assert heart_plan(study=study, tables={f"s{i}": table for i in range(sites)}).sums == sums
+
+
+def test_without_secure_aggregation_there_is_no_way_to_form_sums(heart_plan):
+    """An option that would do nothing is refused, and nothing is said of sums."""
+    changes = {"privacy.noise": "local", "secure_aggregation.enabled": False}
+    study = override(heart_plan().study, changes)
+
+    with pytest.raises(ConfigError, match="--secagg: found 'full', allowed: a study with secure_aggregation"):
+        simulate(heart_plan(study=study, secagg="full"))
+    results = simulate(heart_plan(study=study))
+
+    assert results.secure_aggregation is None
+    assert results.promise.leaves.endswith("which the server sees for each site.")
+    assert set(results.labels) == {"SIMULATED", "simulation noise"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"secure_aggregation.min_sites": 2}, "found 1, allowed: what 2 sites"),
+        ({"secure_aggregation.colluders": 2}, "found 2, allowed: what 3 sites"),
+    ],
+)
+def test_a_study_that_cannot_be_protected_is_refused(heart_plan, changes, found):
+    """Before anything is charged, and with what to change, although these four sites could be protected."""
+    plan = heart_plan(study=override(heart_plan().study, changes))
+
+    with pytest.raises(
+        ConfigError, match=f"colluders: {found} .*raise secure_aggregation.min_sites, or lower"
+    ):
+        simulate(plan)
+
+    assert not plan.out.exists()
+
+
+def test_a_curve_without_protection_has_local_noise_only(heart_plan):
+    """Two sites cannot hide each other from one of them: the points with shared noise are left out."""
+    changes = {
+        "privacy.noise": "local",
+        "secure_aggregation.enabled": False,
+        "secure_aggregation.min_sites": 2,
+    }
+    study = override(heart_plan().study, changes)
+
+    results = simulate(heart_plan(study=study, curve=(1.0,)))
+
+    assert [point.noise for point in results.curve] == ["local"]
 
 
 def test_a_curve_leaves_out_what_drops_make_impossible(heart_plan):
