@@ -188,7 +188,7 @@ def work(frames: Any, folder: Path) -> dict[str, Any]:
     """In the run's process: ask for the updates, and take their mean."""
     from flwr.app import Message, RecordDict
 
-    from lepton_fl.federation.mean import mean
+    from lepton_fl.federation.combine import mean
     from lepton_fl.federation.rounds import read_update
     from lepton_fl.fleet.server.grid import FleetGrid
     from lepton_fl.fleet.server.link import RunSpec

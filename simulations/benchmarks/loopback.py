@@ -90,6 +90,38 @@ def site_channel(folder: Path, site: str, port: int) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options=OPTIONS)
 
 
+def make_members(folder: Path, parties: dict[str, int]) -> None:
+    """The sites' identities towards one another, under a roster of their own."""
+    from lepton_fl.simulation.members import memberships
+
+    consortium, members = memberships({party: site for site, party in parties.items()})
+    folder.mkdir(mode=0o700)
+    (folder / "roster.key").write_bytes(consortium.root_key)
+    (folder / "roster.bin").write_bytes(consortium.roster.signed)
+    for site, member in members.items():
+        (folder / f"{site}.pem").write_bytes(member.identity.to_bytes())
+        (folder / f"{site}.cert").write_bytes(member.certificate)
+
+
+def member(fleet: Path, site: str, history: Any) -> Any:
+    """Who `site` is in a secure round, and what it remembers of them."""
+    from lepton_fl.secagg.context import Consortium
+    from lepton_fl.secagg.identity import IdentityKey, Roster
+    from lepton_fl.site.secure import Membership
+
+    folder = fleet / "members"
+    key = (folder / "roster.key").read_bytes()
+    consortium = Consortium(key, Roster.read((folder / "roster.bin").read_bytes(), key))
+    return Membership(
+        name=site,
+        party=json.loads((fleet / "parties.json").read_text())[site],
+        identity=IdentityKey.read((folder / f"{site}.pem").read_bytes()),
+        certificate=(folder / f"{site}.cert").read_bytes(),
+        consortium=lambda: consortium,
+        history=history,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Admission:
     party: int
@@ -337,6 +369,7 @@ class Fleet:
         self.sites = sorted(sites)
         self.parties = {site: FIRST_PARTY + i for i, site in enumerate(self.sites)}
         make_identities(folder / "pki", self.sites)
+        make_members(folder / "members", self.parties)
         (folder / "parties.json").write_text(json.dumps(self.parties))
         self._start = start
         self.server = start("--server", str(folder))
@@ -385,6 +418,8 @@ class Fleet:
             evaluate_deadline=PATIENCE,
             first_model=None if first_model is None else "first.safetensors",
             first_model_sha256=None if first_model is None else model_hash(first_model),
+            roster_key=(self.folder / "members" / "roster.key").read_bytes().hex(),
+            roster=str(self.folder / "members" / "roster.bin"),
         ).write(folder / "run.json")
         program = [sys.modules["__main__"].__file__, "--work"] if own else None
         self.server.tell({"run": str(folder), "program": program})
@@ -425,7 +460,10 @@ def fleet(sites: Sequence[str]) -> Iterator[Fleet]:
 
 
 def heart(sites: int | None = None, **changes: Any) -> tuple[Study, Any]:
-    """The study of the bundled heart records with `changes`, and its sites' (train, test) tables."""
+    """The study of the bundled heart records with `changes`, and its sites' (train, test) tables.
+
+    Without secure aggregation, unless `changes` have it: what is measured is mostly the transport.
+    """
     import tomllib
 
     from lepton_fl.cli.texts import study_text
@@ -437,7 +475,8 @@ def heart(sites: int | None = None, **changes: Any) -> tuple[Study, Any]:
 
     template = tomllib.loads(study_text("heart", epsilon=3.0))
     study = parse(Study, template, file="the heart template")
-    study = override(study, {key.replace("__", "."): value for key, value in changes.items()})
+    plain = {"secure_aggregation__enabled": False, "privacy__noise": "local"}
+    study = override(study, {key.replace("__", "."): value for key, value in {**plain, **changes}.items()})
     tables = load_dataset("heart", Contract.of(study))
     tables = arrange(tables, "natural" if sites is None else "iid", sites, 0)
     study = freeze(study, tables)

@@ -24,6 +24,7 @@ from lepton_fl.config import parse
 from lepton_fl.data import Contract
 from lepton_fl.files import write_atomic
 from lepton_fl.fleet.agent.local import ask
+from lepton_fl.fleet.agent.offers import offers_of
 from lepton_fl.fleet.pki import certificates
 from lepton_fl.fleet.pki.authority import Authority, Issuing, ServerIdentity, make_private
 from lepton_fl.fleet.pki.credentials import fleet_credentials
@@ -462,3 +463,23 @@ def _status(home):
         return ask(home / "state", "status")
     except ConnectionFailed:
         return None
+
+
+def test_the_doctor_says_what_the_site_gets_of_secure_aggregation(enrol, lepton):
+    """By its policy, and in each study that it was offered; and whether it remembers its rounds."""
+    home = enrol(1)
+    policy = (home / "policy.toml").read_text()
+    (home / "policy.toml").write_text(policy.replace("aggregation = false", "aggregation = true"))
+    study = parse(Study, {**STUDY, "secure_aggregation": {"enabled": True}}, file="study.toml")
+    offers_of(home / "site.toml").take(study.canonical, study.id, current=[study.id])
+
+    said = lepton("client", "doctor", "-c", home / "site.toml").out
+    Ledger(home / "state" / "ledger.db").close()
+    after = lepton("client", "doctor", "-c", home / "site.toml").out
+
+    assert "updates leave in sums over at least 3 sites only" in said
+    assert "ok   rounds: " in said
+    assert "study heart: In a cohort of 3: against the server together with up to 1 of 3" in said
+    assert "hidden among at least t - n_C = 2 honest sites; no site may drop out." in said
+    assert "fail rounds: " in after
+    assert "rounds.db: is gone, and this site has a ledger" in after

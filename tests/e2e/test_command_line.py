@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_interrupt_keeps_partial_results(lepton, short_study, tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not any("round" in line for line in [run.stderr.readline()]):
+        while not run.stderr.readline().startswith("round "):
             assert time.monotonic() < deadline
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(timeout=60)
@@ -280,6 +281,18 @@ def test_plan_states_sigma_epsilon_and_bytes(lepton, short_study):
     assert max(found["options"][1]["epsilon_by_round"].values()) <= 3.0
 
 
+def test_plan_states_epsilon_by_who_looks(lepton, short_study):
+    """Under shared noise readers of the model see more of it than members; the study's is the colluders'."""
+    ended = lepton("plan", short_study, "--epsilon", "2", "--json")
+
+    (option,) = json.loads(ended.out)["options"]
+    against = option["epsilon_against"]
+    readers = against["the server alone, and every reader of the model"]
+    assert readers < against["the server and 1 member together"] <= 2.0
+    assert against["the server and all other members together"] > 2.0
+    assert "by who looks: " in lepton("plan", short_study, "--epsilon", "2").out
+
+
 @pytest.mark.parametrize("template", ["diagnosis", "fraud", "credit"])
 def test_every_template_is_accepted(lepton, template):
     """What `init` writes is what the other commands read, and one run of it fits its own policy."""
@@ -290,6 +303,23 @@ def test_every_template_is_accepted(lepton, template):
 
     assert shown.code == 0, shown.err
     assert planned.code == 0, planned.err
+
+
+def test_a_budget_plan_counts_the_figures_that_leave_with_noise(lepton, short_study):
+    """They make up the study's epsilon with the training, and a policy that keeps them back saves theirs."""
+    text = short_study.read_text().replace("[evaluation]", '[evaluation]\nrelease = "dp"\nshare = 0.3')
+    short_study.write_text(text)
+    policy = short_study.with_name("policy.toml")
+    epsilon = tomllib.loads(text)["privacy"]["epsilon"]
+    after = {}
+    for metrics in ("none", "dp"):
+        policy.write_text(policy.read_text().replace('metrics = "none"', f'metrics = "{metrics}"'))
+        ended = lepton("budget", "plan", short_study, policy, "--json")
+        (site,) = json.loads(ended.out)
+        after[metrics] = site["epsilon_after"]
+
+    assert after["none"] < 0.99 * epsilon
+    assert 0.99 * epsilon < after["dp"] <= epsilon
 
 
 def test_a_purpose_cannot_pass_for_a_promise(lepton, short_study):
@@ -479,23 +509,66 @@ def test_quickstart_cuts_one_table_into_sites(lepton, monkeypatch):
     assert [s["site"] for s in json.loads(ended.out)["sites"]] == ["site-1", "site-2", "site-3"]
 
 
-def test_shared_noise_says_who_adds_it(lepton, replaced, tmp_path):
-    """Under shared noise every output names the simulator as curator."""
-    study = replaced('noise = "local"', 'noise = "shared"')
-    study.write_text(study.read_text().replace("enabled = false", "enabled = true"))
-
-    ended = simulate(lepton, study, "--compare", "federated")
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ((), "secure aggregation (LSA1) ran"),
+        (("--secagg", "functional"), "no masks: the simulator formed the sums"),
+    ],
+)
+def test_every_output_says_how_sums_were_formed(lepton, short_study, tmp_path, options, label):
+    """In full by default; and what a site of this cohort gets is said before anything is trained."""
+    ended = simulate(lepton, short_study, "--compare", "federated", *options)
 
     assert ended.code == 0, ended.err
-    assert "the simulator acts as curator" in ended.err
-    assert "the simulator acts as curator" in ended.out
-    assert "the simulator acts as curator" in (tmp_path / "run" / "report.html").read_text()
-    assert "the simulator acts as curator" in read_results(tmp_path / "run" / "results.json").labels
+    before, _, _ = ended.err.partition("training: ")
+    assert "Each round releases 43 numbers, only as a sum over at least 4 sites." in before
+    assert "hidden among at least min_sites - n_C = 3 honest sites" in before
+    assert "The noise on the sum is 1.15 times what a trusted curator would add" in before
+    assert label in before
+    assert label in ended.out
+    assert label in (tmp_path / "run" / "report.html").read_text()
+    assert label in read_results(tmp_path / "run" / "results.json").labels
+
+
+def test_a_site_may_go_down_in_the_middle_of_a_secure_round(lepton, replaced, tmp_path):
+    """Its masked vector is out, so the sum is opened: the round is whole; it is missed in the next."""
+    study = replaced('min_survivors = "all"', "min_survivors = 3")
+
+    ended = simulate(lepton, study, "--compare", "federated", "--drop", "hungary@2-3:confirm")
+
+    assert ended.code == 0, ended.err
+    rounds = read_results(tmp_path / "run" / "results.json").rounds
+    assert [len(r.sites) for r in rounds] == [4, 4, 3]
+    assert rounds[2].dropped == {"hungary": "no answer before the deadline"}
+
+
+def test_what_cannot_be_protected_is_refused_by_every_command(lepton, replaced):
+    """One line that says what to change, before any site is asked."""
+    study = replaced("min_sites = 3", "min_sites = 2")
+
+    for ended in (
+        simulate(lepton, study),
+        lepton("plan", study),
+        lepton("study", "show", study),
+        lepton("simulate", study, "--dataset", "heart", "--sweep", "privacy.epsilon=1,2"),
+    ):
+        refused(ended, 3, "secure_aggregation.colluders", "2 sites", "raise secure_aggregation.min_sites")
+
+
+def test_a_sweep_is_not_run_in_full(lepton, short_study):
+    """Its points are many, and come out the same."""
+    ended = simulate(lepton, short_study, "--sweep", "privacy.epsilon=1,2", "--secagg", "full")
+
+    assert ended.code == 2
+    assert "a sweep's sums are functional" in ended.err
 
 
 def test_fedavg_takes_local_steps(lepton, replaced):
     """Flower's own FedAvg, each site several steps a round."""
     study = replaced('strategy = "lockstep"', 'strategy = "fedavg"\nlocal_steps = 4')
+    refused(simulate(lepton, study), 3, "parts of the noise add up only within one step", "noise = 'local'")
+    study.write_text(study.read_text().replace('noise = "shared"', 'noise = "local"'))
 
     ended = simulate(lepton, study, "--json")
 
@@ -534,7 +607,7 @@ def test_a_public_signal_without_its_table_is_refused(lepton, stops_on_public, t
 
 def test_a_study_without_privacy_says_so(lepton, replaced):
     """Without noise no output claims an epsilon."""
-    study = replaced('noise = "local"', 'noise = "none"')
+    study = replaced('noise = "shared"', 'noise = "none"')
     lines = [line for line in study.read_text().splitlines() if not line.startswith(("epsilon", "delta"))]
     study.write_text("\n".join(lines))
 
@@ -590,7 +663,7 @@ def test_budget_is_the_same_by_policy_and_by_site(lepton, short_study, tmp_path)
 
 def test_more_survivors_than_sites_is_refused_before_anything_is_spent(lepton, replaced, tmp_path):
     """A quorum that cannot be reached must not cost anybody's budget."""
-    study = replaced("enabled = false", "enabled = true\nmin_survivors = 5")
+    study = replaced('min_survivors = "all"', "min_survivors = 5")
 
     refused(simulate(lepton, study), 6, "4 sites", "5")
     assert not (tmp_path / "run").exists()

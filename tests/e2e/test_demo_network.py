@@ -23,12 +23,18 @@ LEPTON = (sys.executable, "-m", "lepton_fl")
 
 
 @pytest.fixture
-def demo(tmp_path):
-    """Run the demonstration in tmp_path/demo; its outcome, as JSON."""
+def place(tmp_path_factory):
+    """A folder of a short name: the path of a Unix socket has room for a hundred bytes."""
+    return tmp_path_factory.mktemp("d")
+
+
+@pytest.fixture
+def demo(place):
+    """Run the demonstration in place/demo; its outcome, as JSON."""
 
     def run(*options):
         done = subprocess.run(
-            [*LEPTON, "demo", "network", "--folder", str(tmp_path / "demo"), "--json", *options],
+            [*LEPTON, "demo", "network", "--folder", str(place / "demo"), "--json", *options],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -61,14 +67,14 @@ def gone(find, seconds=60):
 
 
 @pytest.mark.slow
-def test_the_model_of_a_fleet_is_that_of_a_simulation(demo, tmp_path):
+def test_the_model_of_a_fleet_is_that_of_a_simulation(demo, place):
     """To the bit, though an agent was killed in mid-run; and the command that it prints says so too."""
     saw = demo("--insecure-seed", "7", "--rounds", "300")
 
     simulate = shlex.split(saw["simulation"])
     done = subprocess.run(
         [*LEPTON, *simulate[1:], "--json"],
-        cwd=tmp_path / "demo",
+        cwd=place / "demo",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -82,24 +88,24 @@ def test_the_model_of_a_fleet_is_that_of_a_simulation(demo, tmp_path):
     assert killed["rounds"] < 300
     assert "INSECURE SEED: a demonstration, no privacy" in saw["labels"]
     assert "cannot be promoted" in saw["promoted"]
-    assert processes_in(tmp_path) == []
+    assert processes_in(place) == []
 
 
 @pytest.mark.slow
-def test_a_fleet_without_a_seed_ends_with_a_promoted_model(demo, tmp_path):
+def test_a_fleet_without_a_seed_ends_with_a_promoted_model(demo, place):
     """What left is in each site's ledger, and nothing that was sent or kept carries a seed."""
     saw = demo("--rounds", "100")
 
     assert saw["labels"] == []
     assert saw["simulation"] is None
     assert saw["rounds"] == 100
-    assert (tmp_path / "demo" / saw["promoted"] / "weights.safetensors").is_file()
+    assert (place / "demo" / saw["promoted"] / "weights.safetensors").is_file()
     for site in saw["sites"]:
         assert 0 < site["epsilon_spent"] <= 1.0
         assert site["charged"] >= site["rounds"] > 0
         assert site["bytes_sent"] > 0
-    assert "seed" not in (tmp_path / "demo/study.toml").read_text()
-    assert processes_in(tmp_path) == []
+    assert "seed" not in (place / "demo/study.toml").read_text()
+    assert processes_in(place) == []
 
 
 @pytest.mark.slow

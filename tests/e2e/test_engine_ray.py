@@ -20,6 +20,7 @@ def simulate(lepton, study, *options):
         (("--data", "."), "--data"),
         (("--dataset", "heart", "--seeds", "2"), "--seeds"),
         (("--dataset", "heart", "--curve", "1"), "--curve"),
+        (("--dataset", "heart", "--secagg", "full"), "--secagg"),
         (("--dataset", "heart", "--policies", "."), "--policies"),
         (("--dataset", "heart", "--json"), "--json"),
         (("--dataset", "heart", "--open"), "--open"),
@@ -35,8 +36,6 @@ def test_what_stock_flower_cannot_do_is_refused(lepton, short_study, options, na
 
 
 def test_what_stock_flower_cannot_protect_is_refused(lepton, short_study):
-    short_study.write_text(short_study.read_text().replace("enabled = false", "enabled = true"))
-
     done = simulate(lepton, short_study, "--dataset", "heart")
 
     assert done.code == 3
@@ -44,10 +43,11 @@ def test_what_stock_flower_cannot_protect_is_refused(lepton, short_study):
     assert not Path("run").exists()
 
 
-def test_without_ray_the_extra_is_named(lepton, short_study, monkeypatch):
+def test_without_ray_the_extra_is_named(lepton, monkeypatch):
+    lepton("init", "app", "--template", "flower")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
-    done = simulate(lepton, short_study, "--dataset", "heart")
+    done = simulate(lepton, "app/study.toml", "--dataset", "heart")
 
     assert done.code == 3
     assert done.last.endswith("(fix: pip install 'lepton-fl[simulation]')")

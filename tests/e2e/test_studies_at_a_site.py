@@ -12,6 +12,13 @@ from lepton_fl.study import load_study
 
 
 @pytest.fixture
+def short_study(short_study):
+    """With secure aggregation, which a new site's policy asks for."""
+    short_study.write_text(short_study.read_text().replace("enabled = false", "enabled = true"))
+    return short_study
+
+
+@pytest.fixture
 def offered(lepton, short_study, tmp_path):
     """A site to which the heart study was offered; gives its site.toml and the study."""
     lepton("init", "clinic", "--template", "site")
@@ -27,7 +34,8 @@ def test_what_was_offered_is_listed_and_shown(lepton, offered):
     shown = lepton("study", "show", study.study.name, "-c", site)
 
     assert [(s["id"], s["state"]) for s in json.loads(listed.out)] == [(study.id, "waiting")]
-    assert "which the server sees for each site" in shown.out
+    assert "hidden among at least t - n_C = 2 honest sites" in shown.out
+    assert "only as a sum over at least 3 sites" in shown.out
     assert "this site: waiting" in shown.out
 
 

@@ -213,7 +213,7 @@ def test_a_killed_point_leaves_the_rest_and_an_interrupt_ends_all(short_study, t
 
     run = start("--resume")
     try:
-        until(lambda: "round" in (long / "console.log").read_text(), "a round")
+        until(lambda: "\nround " in (long / "console.log").read_text(), "a round")
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(timeout=120)
     finally:

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -396,11 +397,16 @@ class Agent:
         log.info("connected", extra={"server_release": welcome.release, "party": welcome.party})
 
     def _roster(self, roster: pb.Roster) -> None:
+        # In turn: what the server asked before it told us of this one goes by the one before.
         if self._member is not None:
-            try:
-                self._member.take_roster(roster.signed)
-            except (LeptonError, OSError) as error:
-                log.warning("roster not taken", extra={"reason": str(error)})
+            self._exchanges.in_turn(partial(self._take_roster, self._member, roster.signed))
+
+    @staticmethod
+    def _take_roster(member: EnrolledSite, signed: bytes) -> None:
+        try:
+            member.take_roster(signed)
+        except (LeptonError, OSError) as error:
+            log.warning("roster not taken", extra={"reason": str(error)})
 
     def _beat(self) -> None:
         """Say at once what our state is now."""

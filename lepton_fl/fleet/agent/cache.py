@@ -21,8 +21,8 @@ from flwr.app import Message
 from lepton_fl.fleet.protocol.payload import SMALL, Payload
 from lepton_fl.messages import refusal_reason
 
-KEPT = 4
-"""Replies of one run that are kept: a round has few phases, and only its last is asked for again."""
+KEPT = 5
+"""Replies of one run that are kept: those of a secure round, of which the last may be asked for again."""
 RUNS = 8
 """Runs whose replies are kept, beside those that are going on."""
 _NAME = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{64}\.reply")

@@ -31,7 +31,10 @@ from lepton_fl.fleet.agent.peer import check_clock, check_release, explain, obey
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.protocol.methods import PROTOCOL, connect_method
 from lepton_fl.privacy import Ledger
+from lepton_fl.privacy.ledger.chain import Custody
+from lepton_fl.secure_rounds import what_hides
 from lepton_fl.site.config import SiteConfig, SiteFiles, files_of, load_site_config
+from lepton_fl.site.history import DiskHistory, check_history
 from lepton_fl.site.policy import load_policy
 from lepton_fl.training.device import choose_device
 
@@ -73,6 +76,7 @@ def _examine(site_toml: Path) -> Iterator[Check]:
     yield _checked("policy", lambda: _policy(files))
     yield _checked("state folder", lambda: _state(files))
     yield _checked("ledger", lambda: _ledger(files))
+    yield _checked("rounds", lambda: _history(files))
     member, failed = _try("identity", lambda: EnrolledSite.load(site_toml))
     yield from failed
     if member is not None:
@@ -83,6 +87,14 @@ def _examine(site_toml: Path) -> Iterator[Check]:
     yield _checked("device", lambda: _device(config, site_toml))
     yield from _disk(config, files, site_toml.parent)
     yield _checked("data", lambda: _data(config, site_toml))
+    yield from _studies(site_toml)
+
+
+def _studies(site_toml: Path) -> Iterator[Check]:
+    """What this site gets of secure aggregation in each study that it takes part in, or may."""
+    for offered in offers_of(site_toml).list():
+        if offered.state != "refused":
+            yield _ok(f"study {offered.study.study.name}", what_hides(offered.study))
 
 
 def _try(about: str, action: Callable[[], T]) -> tuple[T | None, list[Check]]:
@@ -124,13 +136,18 @@ def _policy(files: SiteFiles) -> Check:
             f"{files.policy}: the agent's own account may change it",
             "let the privacy officer's account own it",
         )
-    if policy.require.secure_aggregation:
+    require = policy.require
+    if not require.secure_aggregation:
         return _warn(
             "policy",
-            f"{files.policy}: require.secure_aggregation = true refuses every study of this release",
-            "",
+            f"{files.policy}: allows studies in which the server sees each update of this site",
+            "set require.secure_aggregation = true",
         )
-    return _ok("policy", f"{files.policy}: understood")
+    return _ok(
+        "policy",
+        f"{files.policy}: updates leave in sums over at least {require.min_sites} sites only, with at least "
+        f"{require.colluders} assumed to collude with the server",
+    )
 
 
 def _state(files: SiteFiles) -> Check:
@@ -149,19 +166,31 @@ def _account() -> str:
 
 
 def _ledger(files: SiteFiles) -> Check:
-    if not files.ledger.exists():
+    if not files.ledger.exists() and Custody(files.ledger).of_a_ledger() is None:
         files.check_ledger()
         return _ok("ledger", f"{files.ledger}: none yet; the first start makes it")
     policy = load_policy(files.policy)
     ledger = Ledger(files.ledger)
     try:
         spent = ledger.spent(policy.data.id, policy.budget.delta_total)
+        entries = ledger.head().counter
     finally:
         ledger.close()
     total, delta = policy.budget.epsilon_total, policy.budget.delta_total
     units = ", ".join(policy.require.privacy_units)
-    found = f"{files.ledger}: epsilon {spent:.3f} of {total:g} spent at delta {delta:g}, per unit ({units})"
+    found = (
+        f"{files.ledger}: {entries} entries verified, epsilon {spent:.3f} of {total:g} spent at delta "
+        f"{delta:g}, per unit ({units})"
+    )
     return _ok("ledger", found)
+
+
+def _history(files: SiteFiles) -> Check:
+    check_history(files)
+    if not files.history.exists():
+        return _ok("rounds", f"{files.history}: none yet; the first start makes it")
+    DiskHistory(files.history).close()
+    return _ok("rounds", f"{files.history}: the secure rounds that this site was in, whole")
 
 
 # Identity and the way to the server

@@ -312,7 +312,24 @@ class Exchanges:
         context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
         return self.app(message, context)
 
-    # Before the first request
+    # In turn with what is asked
+
+    def in_turn(self, action: Callable[[], None]) -> None:
+        """Do `action` after what was asked before, and before what is asked from now on.
+
+        Raises:
+            ConnectionFailed: so much waits already that no honest server makes it.
+        """
+        if self._queued >= MAX_OPEN:
+            raise ConnectionFailed(f"the server asks more than {MAX_OPEN} things at one time")
+        self._queued += 1
+        future = asyncio.get_running_loop().run_in_executor(self._worker, action)
+        future.add_done_callback(self._acted)
+
+    def _acted(self, done: asyncio.Future[None]) -> None:
+        self._queued -= 1
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.error("internal error", exc_info=error)
 
     def prepare(self, study: Study) -> None:
         """Read the table and build the model of an approved study, so that its first round does not wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lepton_fl.errors import ConfigError, ConnectionFailed, IdentityRefused, Lep
 from lepton_fl.fleet.agent.enrol import AgentIdentity
 from lepton_fl.fleet.agent.peer import explain
 from lepton_fl.fleet.protocol.methods import OPTIONS, renew_method
+from lepton_fl.secagg.context import Consortium
 from lepton_fl.site.config import load_site_config
 
 _CALL_S = 20.0
@@ -31,6 +33,9 @@ class EnrolledSite:
     def __init__(self, identity: AgentIdentity, address: str) -> None:
         self.identity = identity
         self.address = address
+        # The certificate is renewed by the thread that talks, the roster taken by the one that works.
+        self._lock = threading.Lock()
+        self._consortium = Consortium(identity.consortium.roster_key, identity.roster)
 
     @classmethod
     def load(cls, site_toml: Path) -> EnrolledSite:
@@ -87,7 +92,8 @@ class EnrolledSite:
                 ) from None
             raise ConnectionFailed(explain(error)) from None
         try:
-            self.identity = self.identity.store_renewed(key, reply, datetime.now(UTC))
+            with self._lock:
+                self.identity = self.identity.store_renewed(key, reply, datetime.now(UTC))
         except (LeptonError, OSError) as error:
             raise ConnectionFailed(f"the renewed certificate cannot be used: {error}") from None
 
@@ -97,4 +103,11 @@ class EnrolledSite:
         Raises:
             VerificationFailed: it is not the consortium's, or older.
         """
-        self.identity = self.identity.store_roster(signed)
+        with self._lock:
+            self.identity = identity = self.identity.store_roster(signed)
+            if identity.roster is not self._consortium.roster:
+                self._consortium = Consortium(identity.consortium.roster_key, identity.roster)
+
+    def consortium(self) -> Consortium:
+        """The consortium with the newest roster that this site holds."""
+        return self._consortium

@@ -14,8 +14,9 @@ from typing import Literal
 from lepton_fl.errors import ConfigError, LeptonError, PolicyRefused
 from lepton_fl.files import write_atomic
 from lepton_fl.fleet.protocol.limits import MAX_STUDY
+from lepton_fl.secure_rounds import check_protectable
 from lepton_fl.site.config import files_of
-from lepton_fl.site.policy import Approvals, Policy, admit_deployed, admit_study, load_policy
+from lepton_fl.site.policy import Approvals, Policy, admit_study, load_policy
 from lepton_fl.study import Study, parse_canonical
 
 MAX_OFFERS = 64
@@ -164,5 +165,5 @@ def offers_of(site_toml: Path) -> Offers:
         approvals=Approvals(files.approvals),
         policy=lambda: load_policy(files.policy),
         policy_file=str(files.policy),
-        admit=admit_deployed,
+        admit=check_protectable,
     )

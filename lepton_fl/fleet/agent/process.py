@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from lepton_fl.files import lock
 from lepton_fl.fleet.agent.agent import Agent
 from lepton_fl.fleet.agent.local import LOCK, serve, socket_path
 from lepton_fl.fleet.agent.member import EnrolledSite
+from lepton_fl.fleet.agent.offers import Offered, offers_of
 from lepton_fl.fleet.logs import log_to
+from lepton_fl.secagg.context import History
 from lepton_fl.site import Site, Surroundings, client_app, open_site
 from lepton_fl.site.config import SiteConfig, SiteFiles, files_of, load_site_config
+from lepton_fl.site.history import open_history
+from lepton_fl.site.secure import Membership
 from lepton_fl.training.device import Device, choose_device
 
 
@@ -29,6 +34,8 @@ class Started:
     files: SiteFiles
     member: EnrolledSite
     site: Site[Surroundings]
+    offered: Sequence[Offered]
+    """The studies that the server offered before."""
     device: Device
 
 
@@ -37,18 +44,19 @@ def start(
     *,
     show: Callable[[Started], None],
     give_up_after: float | None = None,
-    opened: Callable[[Path], Site[Surroundings]] = open_site,
+    opened: Callable[[Path, Membership], Site[Surroundings]] = open_site,
     insecure_seed: bool = False,
 ) -> None:
     """Run the agent of the institution at `site_toml` until it is told to stop.
 
-    Guarantee: without a policy, a ledger and the keys of an enrolled site nothing is started.
+    Guarantee: without a policy, a ledger, a memory of rounds and the keys of an enrolled site nothing is
+    started.
 
     Args:
         site_toml: The institution's site.toml.
         show: Called once all files are read, before the first attempt to connect.
         give_up_after: Seconds without a connection after which to end; None for never.
-        opened: Opens the site; a demonstration's noise comes from elsewhere.
+        opened: Opens the site, as this member; a demonstration's noise comes from elsewhere.
         insecure_seed: It does, from a known seed: the server is told.
 
     Raises:
@@ -57,9 +65,11 @@ def start(
         ConnectionFailed: no connection for `give_up_after` seconds.
         ProtocolError: the server's release does not understand this one's.
     """
-    with _held(site_toml) as (config, files, device):
+    with _held(site_toml) as (config, files, device), contextlib.ExitStack() as stack:
         member = EnrolledSite.load(site_toml)
-        site = opened(site_toml)
+        history = stack.enter_context(contextlib.closing(open_history(files)))
+        site = opened(site_toml, membership_of(member, history))
+        stack.callback(site.ledger.close)
         agent = Agent(
             client_app(site),
             member.connect,
@@ -69,12 +79,23 @@ def start(
             member=member,
             give_up_after=give_up_after,
         )
-        try:
-            show(Started(config=config, files=files, member=member, site=site, device=device))
-            log_to(None if config.runtime.log is None else site_toml.parent / config.runtime.log)
-            asyncio.run(_run(agent, member, files.state))
-        finally:
-            site.ledger.close()
+        offered = offers_of(site_toml).list()
+        show(Started(config=config, files=files, member=member, site=site, offered=offered, device=device))
+        log_to(None if config.runtime.log is None else site_toml.parent / config.runtime.log)
+        asyncio.run(_run(agent, member, files.state))
+
+
+def membership_of(member: EnrolledSite, history: History) -> Membership:
+    """Who this site is in a secure round."""
+    identity = member.identity
+    return Membership(
+        name=identity.site,
+        party=identity.party,
+        identity=identity.identity_key,
+        certificate=identity.identity_certificate.signed,
+        consortium=member.consortium,
+        history=history,
+    )
 
 
 @contextmanager

@@ -115,6 +115,11 @@ class ServerFiles:
         return self.state / "server.db"
 
     @property
+    def roster(self) -> Path:
+        """The newest signed roster, for the processes of runs."""
+        return self.state / "roster.bin"
+
+    @property
     def models(self) -> Path:
         """Promoted models, by study and version."""
         return self.state / "models"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ SERVER_FAULT = 1
 """Error code where it was not the site that failed."""
 FAREWELL_S = 2.0
 """How long an agent has to hear why it is sent away."""
+_OF_ITS_PROCESS = "query.secagg_"
+"""How types of requests begin that only the process can answer that entered the round: it has the keys."""
 _LOST_TRANSFER = "the result did not arrive as it was announced"
 
 
@@ -89,6 +92,10 @@ class Session:
     """What of `received` and `sent` the telemetry knows."""
     over: bool = False
     """The stream is to end, after what is in the outbox; nothing more is heard of it."""
+    parted: bool = False
+    """The agent has said goodbye."""
+    refused: bool = False
+    """The site is let in no more."""
     gone: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Done: the stream is to end now."""
 
@@ -146,13 +153,19 @@ class Hub:
         self._changed()
 
     def leave(self, session: Session) -> None:
-        """A stream has ended. Its exchanges wait for the site's return, as long as the grace period."""
+        """A stream has ended. Its exchanges wait for the site's return, as long as the grace period.
+
+        Not those that nobody would answer then.
+        """
         if self.sessions.get(session.party) is not session:
             return
         del self.sessions[session.party]
-        self._gone[session.party] = asyncio.get_running_loop().time()
+        self._gone[session.party] = -math.inf if session.refused else asyncio.get_running_loop().time()
         for exchange in list(self._of_party.get(session.party, {}).values()):
-            self._await_return(exchange)
+            if session.parted and exchange.request.type.startswith(_OF_ITS_PROCESS):
+                self._end(exchange, Reply(exchange=exchange.id))
+            else:
+                self._await_return(exchange)
         self._changed()
 
     def open_for(self, party: int) -> list[bytes]:

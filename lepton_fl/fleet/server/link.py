@@ -51,6 +51,10 @@ class RunSpec:
     first_model: str | None = None
     """A safetensors file to begin with, in the run's folder."""
     first_model_sha256: str | None = None
+    roster_key: str = ""
+    """Verifies the consortium's rosters, 64 hexadecimal digits; empty, as `roster`: there is none."""
+    roster: str = ""
+    """File of the newest roster."""
 
     def write(self, path: Path) -> None:
         write_atomic(path, json.dumps(asdict(self)).encode(), mode=0o600)

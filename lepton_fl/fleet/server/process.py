@@ -23,6 +23,7 @@ import grpc.aio
 
 from lepton_fl import __version__
 from lepton_fl.errors import ConnectionFailed, LeptonError
+from lepton_fl.files import write_atomic
 from lepton_fl.fleet.logs import log_to
 from lepton_fl.fleet.pki.authority import ServerIdentity, make_private, spoken
 from lepton_fl.fleet.pki.credentials import enrolment_credentials, fleet_credentials
@@ -40,6 +41,7 @@ from lepton_fl.fleet.server.runs import Runs
 from lepton_fl.fleet.server.service import FleetService
 from lepton_fl.fleet.server.studies import SAYS, Answered, Journal, SessionRow, Studies
 from lepton_fl.fleet.server.telemetry import StatusServer, Telemetry
+from lepton_fl.secagg.identity import Roster
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ _SAYS: dict[int, SAYS] = {
     pb.Answer.REFUSED: "refused",
 }
 SEEN = (
-    "Secure aggregation does not exist yet: THE SERVER SEES EACH SITE'S UPDATE, and so does whoever has this "
-    "machine."
+    "under a study with secure aggregation the server sees sums over the sites; under one without, EACH "
+    "SITE'S UPDATE, and so does whoever has this machine"
 )
 
 
@@ -105,7 +107,15 @@ class _Server:
             heartbeat=config.runs.heartbeat_s,
             insecure_demo=config.server.insecure_demo,
         )
-        self._runs = Runs(self._hub, files, self._studies, self._journal, self._telemetry, self._members)
+        self._runs = Runs(
+            self._hub,
+            files,
+            self._studies,
+            self._journal,
+            self._telemetry,
+            self._members,
+            roster_key=self._identity.consortium.roster_key,
+        )
         self._offers: dict[str, pb.ToAgent] = {}
         self._submitted: frozenset[str] = frozenset()
         """Also what is offered no more: a site that refuses it is not counted on for another run."""
@@ -290,10 +300,20 @@ class _Server:
         self._offers = offers
         roster = self._register.roster(self._identity.consortium)
         if roster is not None and roster.version != self._roster_version:
+            self._tell_roster(roster)
+
+    def _tell_roster(self, roster: Roster) -> None:
+        """Tell the agents first, and the runs then: what is asked by a roster comes to an agent after it."""
+        self._roster = pb.ToAgent(roster=pb.Roster(signed=roster.signed))
+        for session in self._hub.sessions.values():
+            session.outbox.put(self._roster)
+        try:
+            write_atomic(self._files.roster, roster.signed, mode=0o600)
+        except OSError as error:
+            # The next look finds it untold.
+            log.warning("the roster cannot be written for the runs: %s", error)
+        else:
             self._roster_version = roster.version
-            self._roster = pb.ToAgent(roster=pb.Roster(signed=roster.signed))
-            for session in self._hub.sessions.values():
-                session.outbox.put(self._roster)
 
     def _members(self) -> dict[int, str]:
         rows = self._register.sites(datetime.now(UTC))

@@ -1,8 +1,8 @@
 """The process of one run: Flower's ServerApp over the fleet's Grid. Started by the server, ends with it.
 
 Everything it needs is in the run's folder: `run.json`, `study.canonical`, and where the run is gone on with,
-`checkpoint.safetensors`. What it makes stays there. It is told of the sites, and tells what happens, through
-the socket pair that it is started with.
+`checkpoint.safetensors`; and the newest roster, in the file that run.json names. What it makes stays in the
+folder. It is told of the sites, and tells what happens, through the socket pair that it is started with.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from pathlib import Path
 
 import torch
 from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
 
 from lepton_fl.data import Contract
 from lepton_fl.errors import ConfigError, LeptonError, VerificationFailed
-from lepton_fl.federation import Deadlines, Federation, RoundReport, server_app
+from lepton_fl.federation import Deadlines, Federation, RoundReport, SecureGrid, server_app
 from lepton_fl.files import lock, write_atomic
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.protocol.frames import Frames
 from lepton_fl.fleet.server.grid import FleetGrid
 from lepton_fl.fleet.server.link import INSECURE, RunSpec
+from lepton_fl.secagg.context import Consortium
+from lepton_fl.secagg.identity import Roster
+from lepton_fl.secure_rounds import what_hides
 from lepton_fl.study import Study, parse_canonical
 from lepton_fl.tasks import Arrays, arrays_of, build_model, model_hash
 from lepton_fl.tasks.model_file import read_model, write_model
@@ -44,14 +48,17 @@ PREDECESSOR_S = 60.0
 class _Teller:
     """An Observer that tells the server what happens."""
 
-    def __init__(self, frames: Frames[pb.ToRunner]) -> None:
+    def __init__(self, frames: Frames[pb.ToRunner], study: Study) -> None:
         self._frames = frames
+        self._study = study
 
     def tell(self, **event: object) -> None:
         self._frames.send(pb.FromRunner(progress=pb.Progress(json=json.dumps(event))))
 
     def joined(self, cohort: tuple[str, ...], refused: Mapping[str, str]) -> None:
-        self.tell(event="joined", cohort=list(cohort), refused=dict(refused))
+        hiding = what_hides(self._study, len(cohort))
+        log.info("cohort: %s: %s", ", ".join(cohort), hiding)
+        self.tell(event="joined", cohort=list(cohort), refused=dict(refused), hiding=hiding)
 
     def round_done(self, report: RoundReport, model: Arrays) -> None:  # noqa: ARG002 - an Observer's form
         self.tell(
@@ -61,6 +68,31 @@ class _Teller:
             dropped=dict(report.dropped),
             seconds=report.seconds,
         )
+
+
+class _Members:
+    """The consortium, with the newest roster that the server has: asked anew, and verified here too."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._key, self._path = bytes.fromhex(spec.roster_key), Path(spec.roster)
+        self._held: Consortium | None = None
+
+    def __call__(self) -> Consortium:
+        """As the file says now.
+
+        Raises:
+            VerificationFailed: it holds no roster of the consortium, or one that is older than before.
+            ConfigError: it cannot be read.
+        """
+        try:
+            signed = self._path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{self._path}: the roster cannot be read: {error.strerror}") from None
+        if self._held is None or signed != self._held.roster.signed:
+            roster = Roster.read(signed, self._key)
+            roster.supersedes(None if self._held is None else self._held.roster)
+            self._held = Consortium(self._key, roster)
+        return self._held
 
 
 def run(folder: Path, frames: Frames[pb.ToRunner]) -> pb.Finished:
@@ -73,7 +105,9 @@ def run(folder: Path, frames: Frames[pb.ToRunner]) -> pb.Finished:
         for left in spool.iterdir():
             left.unlink()
         stamp = folder / _STAMP
-        grid = FleetGrid(frames, spool, stop=federation.stop, insecure=lambda: write_atomic(stamp, b""))
+        grid: Grid = FleetGrid(frames, spool, stop=federation.stop, insecure=lambda: write_atomic(stamp, b""))
+        if study.secure_aggregation.enabled:
+            grid = SecureGrid(grid, _Members(spec))
         frames.send(pb.FromRunner(ready=pb.Ready(run=spec.run)))
         context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config={})
         server_app(federation)(grid, context)
@@ -84,7 +118,7 @@ def run(folder: Path, frames: Frames[pb.ToRunner]) -> pb.Finished:
 
 
 def _federation(folder: Path, spec: RunSpec, study: Study, frames: Frames[pb.ToRunner]) -> Federation:
-    checkpoint, teller = folder / "checkpoint.safetensors", _Teller(frames)
+    checkpoint, teller = folder / "checkpoint.safetensors", _Teller(frames, study)
     deadlines = Deadlines(
         join=spec.join_deadline, train=study.train.deadline, evaluate=spec.evaluate_deadline
     )
@@ -147,6 +181,7 @@ def _finished(folder: Path, study: Study, federation: Federation) -> pb.Finished
             "model": digest,
             "labels": labels,
             "released": federation.released,
+            "pooled": None if federation.pooled is None else federation.pooled.model_dump(),
             "stopped_early": federation.stopped_early,
         }
     return pb.Finished(exit_code=0, message="", json=json.dumps(about))

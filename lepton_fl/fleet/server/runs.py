@@ -40,14 +40,20 @@ class Runs:
         journal: Journal,
         telemetry: Telemetry,
         members: Callable[[], Mapping[int, str]],
+        *,
+        roster_key: bytes,
     ) -> None:
-        """`members` are the parties that are enrolled now, with their names."""
+        """`members` are the parties that are enrolled now, with their names.
+
+        `roster_key` verifies the rosters in the file of the newest one.
+        """
         self._hub = hub
         self._files = files
         self._studies = studies
         self._journal = journal
         self._telemetry = telemetry
         self._members = members
+        self._roster_key = roster_key
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._links: dict[str, RunnerLink] = {}
         self._stopping: set[str] = set()
@@ -160,12 +166,15 @@ class Runs:
             settle=patience.settle_s,
             first_model=None if study.first_model is None else _FIRST_MODEL,
             first_model_sha256=study.first_model,
+            roster_key=self._roster_key.hex(),
+            roster=str(self._files.roster.resolve()),
         ).write(folder / "run.json")
 
     def _hear(self, run: str, event: dict[str, Any]) -> None:
         """An event of a run's process."""
         if event["event"] == "joined":
-            log.info("cohort", extra={"run": run, "sites": event["cohort"], "refused": event["refused"]})
+            about = {"sites": event["cohort"], "refused": event["refused"], "hiding": event["hiding"]}
+            log.info("cohort", extra={"run": run, **about})
             return
         row = RoundRow(
             number=event["round"],

@@ -240,6 +240,7 @@ class FleetService(Generic[A]):
             case "answer":
                 self._listener.answered(session, message.answer)
             case "goodbye":
+                session.parted = True
                 return False
             case _:
                 raise ProtocolError(f"a message of kind {kind!r} is not expected here")
@@ -255,6 +256,7 @@ class FleetService(Generic[A]):
             except IdentityRefused as error:
                 log.warning("a site is refused from now on: %s", error.message, extra={"site": session.site})
                 self._listener.refused("certificate")
+                session.refused = True
                 session.close(pb.Goodbye.REFUSED, str(error))
             if time.monotonic() - session.heard > MISSED * self._heartbeat:
                 log.warning("a site is silent", extra={"site": session.site, "heartbeats": MISSED})

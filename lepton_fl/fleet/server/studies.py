@@ -192,17 +192,15 @@ class Studies:
         """Propose a study to all sites; False if it was proposed before.
 
         Raises:
-            ConfigError: it cannot be trained by sites that do not know one another's sizes, is too long for
-                an offer, or was proposed with another first model.
+            ConfigError: it cannot be trained by sites that do not know one another's sizes, asks for a
+                protection that its smallest cohorts cannot have, is too long for an offer, or was proposed
+                with another first model.
         """
+        # With numpy, which the server's own process never loads: it is the operator's command that submits.
+        from lepton_fl.secure_rounds import check_protectable
+
         check_deployable(study, f"study {study.study.name}")
-        if study.secure_aggregation.enabled or study.privacy.noise == "shared":
-            raise ConfigError.at(
-                f"study {study.study.name}",
-                "secure_aggregation.enabled",
-                found=study.secure_aggregation.enabled,
-                allowed="false, with privacy.noise = 'local': no agent of this release has it",
-            )
+        check_protectable(study)
         if len(study.canonical) > MAX_STUDY:
             raise ConfigError(
                 f"study {study.study.name}: {len(study.canonical)} bytes, at most {MAX_STUDY} are sent",

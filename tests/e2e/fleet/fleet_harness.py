@@ -11,7 +11,7 @@ import contextlib
 import datetime as dt
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -34,6 +34,9 @@ from lepton_fl.config import parse
 from lepton_fl.data import Batch, Contract, Table, load_table
 from lepton_fl.federation import Federation
 from lepton_fl.fleet.agent.agent import Agent
+from lepton_fl.fleet.agent.enrol import AgentIdentity
+from lepton_fl.fleet.agent.member import EnrolledSite
+from lepton_fl.fleet.agent.process import membership_of
 from lepton_fl.fleet.pki import certificates
 from lepton_fl.fleet.pki.authority import Authority, Issuing, ServerIdentity
 from lepton_fl.fleet.pki.credentials import fleet_credentials
@@ -48,10 +51,12 @@ from lepton_fl.fleet.server.register import Register, Request
 from lepton_fl.fleet.server.service import FleetService
 from lepton_fl.messages import CONFIG, Assignment, assignment_config, to_record
 from lepton_fl.privacy import Ledger
-from lepton_fl.secagg.identity import IdentityKey
+from lepton_fl.secagg.identity import IdentityKey, Roster
 from lepton_fl.simulation import InProcessGrid
 from lepton_fl.site import Simulated, Site, SiteApp, SiteData, client_app
+from lepton_fl.site.history import DiskHistory
 from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.site.secure import LSA1, Aggregation, NoAggregation
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, arrays_of, build_model
 from lepton_fl.tasks.arrays import model_hash
@@ -90,11 +95,11 @@ LARGE = {"name": "mlp", "hidden": [1024, 1024]}
 """A model of four chunks and a bit."""
 
 
-def once(test: Callable[[], Awaitable[T]]) -> T:
+def once(test: Callable[[], Awaitable[T]], *, patience: float = 2 * PATIENCE) -> T:
     """Run an asynchronous test to its end, or fail."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(2 * PATIENCE):
+        async with asyncio.timeout(patience):
             return await test()
 
     return asyncio.run(bounded())
@@ -123,8 +128,11 @@ def make_table(study: Study, name: str) -> Table:
     return load_table(Contract.of(study), [Batch(cells)], source=f"{name}.csv")
 
 
-def make_site(name: str, folder: Path) -> Site[Simulated]:
-    """A site with a ledger on disk, and noise that a second run of the same rounds repeats."""
+def make_site(name: str, folder: Path, member: EnrolledSite | None = None) -> Site[Simulated]:
+    """A site with a ledger on disk, and noise that a second run of the same rounds repeats.
+
+    As `member`, it takes part in secure rounds, and remembers them on disk.
+    """
 
     def load(study: Study) -> SiteData:
         table = make_table(study, name)
@@ -133,7 +141,11 @@ def make_site(name: str, folder: Path) -> Site[Simulated]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     policy = folder / "policy.toml"
     policy.write_text(tomli_w.dumps({"data": {"id": f"{name}-records"}, **POLICY}), encoding="utf-8")
+    aggregation: Aggregation = NoAggregation()
+    if member is not None:
+        aggregation = LSA1(membership_of(member, DiskHistory(folder / "rounds.db")))
     return Site(
+        aggregation=aggregation,
         name=name,
         policy=load_policy(policy),
         policy_file=str(policy),
@@ -141,6 +153,15 @@ def make_site(name: str, folder: Path) -> Site[Simulated]:
         load=load,
         surroundings=Simulated(noise=SimulationNoise(SEED, name), ledger=Ledger(folder / "ledger.db")),
     )
+
+
+def close_site(site: Site[Any]) -> None:
+    """Close the files that it keeps open."""
+    site.ledger.close()
+    if isinstance(site.aggregation, LSA1):
+        history = site.aggregation._membership.history
+        assert isinstance(history, DiskHistory)
+        history.close()
 
 
 def charged(site: Site[Any], run: str) -> list[int]:
@@ -190,6 +211,7 @@ class Consortium:
         self.register = Register(self._database)
         self.identity = ServerIdentity.load(pki)
         self.root_pem = self._authority.consortium.root_pem
+        self._identities: dict[str, tuple[IdentityKey, bytes]] = {}
         self._sites = {name: self.enrol(name) for name in PARTY}
 
     def close(self) -> None:
@@ -201,7 +223,7 @@ class Consortium:
 
     def enrol(self, name: str) -> Credentials:
         """A new site: invited, asking, approved."""
-        key, now = certificates.new_key(), dt.datetime.now(dt.UTC)
+        key, identity, now = certificates.new_key(), IdentityKey.generate(), dt.datetime.now(dt.UTC)
         token = self.register.invite(
             name, consortium=self._authority.consortium, life=dt.timedelta(hours=1), now=now
         )
@@ -210,15 +232,48 @@ class Consortium:
             secret=token.secret,
             site=name,
             csr=certificates.make_csr(key),
-            identity_key=IdentityKey.generate().public,
+            identity_key=identity.public,
         )
         self.register.request(request, self._issuing, now)
         self.register.approve(name, keys=self.register.requested(name), authority=self._authority, now=now)
         decision = self.register.request(request, self._issuing, now)
+        self._identities[name] = identity, decision.identity_certificate
         return Credentials(certificates.key_pem(key), decision.tls_certificate)
 
     def revoke(self, name: str) -> None:
         self.register.revoke(name, dt.datetime.now(dt.UTC))
+
+    def sign_roster(self) -> None:
+        """Tell the other sites of those that were revoked."""
+        self.register.sign_roster(self._authority)
+
+    @property
+    def roster(self) -> Roster:
+        found = self.register.roster(self._authority.consortium)
+        assert found is not None
+        return found
+
+    @property
+    def roster_key(self) -> bytes:
+        return self._authority.consortium.roster_key
+
+    def member(self, name: str, folder: Path) -> EnrolledSite:
+        """One of the sites as `enroll join` leaves it, with its files in `folder`."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        site, (identity, certified) = self.site(name), self._identities[name]
+        chain = site.certificate + certificates.certificate_pem(self._issuing.certificate)
+        files = {
+            "site.pem": site.key + chain,
+            "identity.pem": identity.to_bytes(),
+            "identity.cert": certified,
+            "consortium.bin": self._authority.consortium.encode(),
+            "roster.bin": self.roster.signed,
+            "fleet.txt": b"127.0.0.1:1",
+        }
+        for file, content in files.items():
+            (folder / file).touch(mode=0o600)
+            (folder / file).write_bytes(content)
+        return EnrolledSite(AgentIdentity.load(folder), "127.0.0.1:1")
 
     def forge(
         self,
@@ -299,6 +354,7 @@ class Front:
         self.folder = folder
         self.spool = folder / "spool"
         self.spool.mkdir(parents=True, exist_ok=True)
+        self._consortium = consortium
         self._identity = consortium.identity
         self.gate = Gate(consortium.register, consortium.identity)
         self.hub = Hub(grace=grace, payload_limit=payload_limit)
@@ -369,8 +425,13 @@ class Front:
         run: str = RUN,
         sites: dict[int, str] | None = None,
         progress: Callable[[dict[str, Any]], None] = lambda event: None,
+        program: tuple[str, ...] | None = None,
     ) -> pb.Finished:
-        """A whole run of a study, in a process of its own; gone on with where there is a checkpoint."""
+        """A whole run of a study, in a process of its own; gone on with where there is a checkpoint.
+
+        `program` is what Python runs in the place of the library's own.
+        """
+        self.folder.joinpath("roster.bin").write_bytes(self._consortium.roster.signed)
         home = self.folder / run
         (home / "spool").mkdir(parents=True, exist_ok=True)
         (home / "study.canonical").write_bytes(study.canonical)
@@ -381,8 +442,11 @@ class Front:
             sites=sites,
             join_deadline=PATIENCE,
             evaluate_deadline=PATIENCE,
+            roster_key=self._consortium.roster_key.hex(),
+            roster=str(self.folder / "roster.bin"),
         ).write(home / "run.json")
         link = RunnerLink(self.hub, home, run, study.id, set(sites), lambda _, event: progress(event))
+        link.program = program or link.program
         return await link.run()
 
 
@@ -414,7 +478,11 @@ def channel(consortium: Consortium, credentials: Credentials | None, port: int) 
 
 @contextlib.asynccontextmanager
 async def agents(
-    consortium: Consortium, port: int | Callable[[], int], apps: dict[str, Any], folder: Path
+    consortium: Consortium,
+    port: int | Callable[[], int],
+    apps: dict[str, Any],
+    folder: Path,
+    members: Mapping[str, EnrolledSite] | None = None,
 ) -> AsyncIterator[dict[str, Agent]]:
     """The real agents of these apps, in this process, until the block ends; `port` is asked each time."""
     where = port if callable(port) else lambda: port
@@ -426,6 +494,7 @@ async def agents(
             lambda credentials=credentials: channel(consortium, credentials, where()),
             folder / name / "state",
             insecure_seed=True,
+            member=(members or {}).get(name),
         )
     tasks = [asyncio.create_task(agent.run()) for agent in made.values()]
     try:
@@ -437,14 +506,16 @@ async def agents(
 
 
 @contextlib.contextmanager
-def sites_at(folder: Path, names: tuple[str, ...] = SITES) -> Iterator[dict[str, Site[Simulated]]]:
+def sites_at(
+    folder: Path, names: tuple[str, ...] = SITES, members: Mapping[str, EnrolledSite] | None = None
+) -> Iterator[dict[str, Site[Simulated]]]:
     """Sites with their ledgers open."""
-    made = {name: make_site(name, folder / name) for name in names}
+    made = {name: make_site(name, folder / name, (members or {}).get(name)) for name in names}
     try:
         yield made
     finally:
         for site in made.values():
-            site.ledger.close()
+            close_site(site)
 
 
 def apps_of(sites: dict[str, Site[Simulated]]) -> dict[str, SiteApp[Simulated]]:

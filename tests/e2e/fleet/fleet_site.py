@@ -12,6 +12,8 @@ import grpc.aio
 import torch
 
 from lepton_fl.fleet.agent.agent import Agent
+from lepton_fl.fleet.agent.enrol import AgentIdentity
+from lepton_fl.fleet.agent.member import EnrolledSite
 from lepton_fl.fleet.protocol.methods import OPTIONS
 from lepton_fl.site import client_app
 
@@ -21,12 +23,14 @@ async def main(folder: Path, name: str, port: str) -> None:
         (folder / f"{part}.pem").read_bytes() for part in ("root", "key", "certificate")
     )
     credentials = grpc.ssl_channel_credentials(root, key, certificate)
-    site = fleet_harness.make_site(name, folder)
+    member = EnrolledSite(AgentIdentity.load(folder / "pki"), f"127.0.0.1:{port}")
+    site = fleet_harness.make_site(name, folder, member)
     agent = Agent(
         client_app(site),
         lambda: grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options=OPTIONS),
         folder / "state",
         insecure_seed=True,
+        member=member,
     )
     await agent.run()
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import shutil
+import threading
 
 import grpc.aio
 import pytest
@@ -779,6 +780,45 @@ def test_a_roster_is_handed_to_the_member(play):
     play(scene, member=member)
 
     assert member.rosters == [b"signed"]
+
+
+def test_a_roster_is_taken_in_turn_with_what_is_asked(play, ask, charged):
+    """What the server asked by the one before is answered by that one; what comes after, by the new one."""
+    member, seen = Renewing(), []
+    member.done = True
+    member.take_roster = lambda _: seen.append(charged())
+
+    async def scene(puppet, agent):
+        server = await puppet.next()
+        await server.welcome()
+        await server.say(assign=ask(exchange=b"1" * 16)[0])
+        await server.say(roster=pb.Roster(signed=b"signed"))
+        await server.say(assign=ask(round=2, exchange=b"2" * 16)[0])
+        await server.hear("result")
+        await server.hear("result")
+
+    play(scene, member=member)
+
+    assert seen == [[1]]
+    assert charged() == [1, 2]
+
+
+def test_a_server_that_sends_rosters_without_end_is_left(play, ask, monkeypatch):
+    """They wait for the site's worker, as requests do."""
+    monkeypatch.setattr("lepton_fl.fleet.agent.exchanges.MAX_OPEN", 3)
+    member, free = Renewing(), threading.Event()
+    member.done = True
+    member.take_roster = lambda _: free.wait(30)
+
+    async def scene(puppet, agent):
+        server = await puppet.next()
+        await server.welcome()
+        for _ in range(4):
+            await server.say(roster=pb.Roster(signed=b"signed"))
+        await server.ended_by_agent()
+        free.set()
+
+    assert play(scene, member=member) is None
 
 
 def test_a_roster_that_finds_no_room_does_not_cut_the_site_off(play, ask, monkeypatch):

@@ -181,9 +181,12 @@ def test_what_the_policy_forbids_cannot_be_approved(offers, another):
     assert not offers._approvals.has(study.id)
 
 
-def test_secure_aggregation_is_refused_by_a_deployed_site(offers, another):
-    """This release has none."""
-    assert offers.judge(another(secure_aggregation={"enabled": True})).state == "refused"
+def test_a_study_that_cannot_be_protected_is_refused(offers, another):
+    """Before anybody is asked: 3 sites do not hold out against 2 that collude with the server."""
+    secure = {"enabled": True, "min_sites": 3}
+
+    assert offers.judge(another(secure_aggregation={**secure, "colluders": 1})).state != "refused"
+    assert offers.judge(another(secure_aggregation={**secure, "colluders": 2})).state == "refused"
 
 
 def test_no_policy_refuses(offers, study, manual):

@@ -65,9 +65,11 @@ class Bench:
         self.hub.enter(session)
         return session
 
-    def ask(self, deadline=3600.0, request=b"request"):
+    def ask(self, deadline=3600.0, request=b"request", kind="train"):
         payload = Payload.of(request)
-        assign = pb.Assign(exchange=EXCHANGE, deadline_s=deadline, inline=request, size=payload.size)
+        assign = pb.Assign(
+            exchange=EXCHANGE, type=kind, deadline_s=deadline, inline=request, size=payload.size
+        )
         self.hub.send(assign, payload, party=101, spool=self.spool, arrived=self.answers.append)
 
     def announce(self, session, data, sha256=None, size=None):
@@ -140,6 +142,49 @@ async def test_a_site_that_stays_away_is_lost_after_the_grace(bench):
 
     assert [a.lost for a in bench.answers] == [True]
     assert len(bench.hub) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "over"), [("train", False), ("query.secagg_mask", True), ("query.secagg_unmask", True)]
+)
+def test_an_agent_that_has_said_goodbye_ends_no_secure_round_later(tmp_path, kind, over):
+    """Its process had the keys. What another one can answer waits for it."""
+
+    async def scenario(bench):
+        session = bench.enter()
+        bench.ask(kind=kind)
+        session.parted = True
+        bench.hub.leave(session)
+
+        assert [a.lost for a in bench.answers] == [True] * over
+        assert len(bench.hub) == (not over)
+
+    run(tmp_path, scenario)
+
+
+@in_loop
+async def test_an_agent_that_was_cut_off_is_waited_for_in_a_secure_round(bench):
+    """It may be the same one that comes back, with the keys."""
+    session = bench.enter()
+    bench.ask(kind="query.secagg_mask")
+    bench.hub.leave(session)
+    await asyncio.sleep(0.01)
+
+    assert bench.answers == []
+
+
+@in_loop
+async def test_a_site_that_is_refused_is_lost_at_once(bench):
+    """Now, and whatever is asked of it later."""
+    session = bench.enter()
+    bench.ask()
+    session.refused = True
+    bench.hub.leave(session)
+    await asyncio.sleep(0.01)
+    bench.ask()
+    await asyncio.sleep(0.01)
+
+    assert [a.lost for a in bench.answers] == [True, True]
 
 
 @in_loop

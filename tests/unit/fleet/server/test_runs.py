@@ -91,7 +91,13 @@ class Place:
             outbox=Outbox(lambda: None),
         )
         self.runs = Runs(
-            self.hub, self.files, self.studies, Journal(self.studies), Telemetry(), lambda: {101: "a"}
+            self.hub,
+            self.files,
+            self.studies,
+            Journal(self.studies),
+            Telemetry(),
+            lambda: {101: "a"},
+            roster_key=bytes(32),
         )
         study = parse(Study, STUDY, file="study.toml")
         self.studies.submit(study)

@@ -65,10 +65,10 @@ def test_a_study_is_submitted_once(studies):
     "changes",
     [
         {"train": {"expected_batch": None}},
-        {"secure_aggregation": {"enabled": True}},
+        {"secure_aggregation": {"enabled": True, "min_sites": 4, "colluders": 2}},
         {"study": {"purpose": "p" * (1 << 20)}},
     ],
-    ids=["no batch size", "secure aggregation", "too long"],
+    ids=["no batch size", "too many colluders", "too long"],
 )
 def test_a_study_that_no_agent_could_train_is_not_submitted(studies, changes):
     with pytest.raises(ConfigError):
