@@ -26,11 +26,6 @@ client_app = typer.Typer(
     "refuses whatever policy.toml or the privacy budget forbids.",
 )
 
-NO_SECURE_AGGREGATION = (
-    "Without secure aggregation, which this release does not have, the server sees each update of this site. "
-    "policy.toml's require.secure_aggregation = true refuses that."
-)
-
 
 @client_app.command("start")
 def client_start(
@@ -171,6 +166,7 @@ def _show(status: dict[str, Any], *, as_json: bool) -> None:
 def _banner(started: Started) -> None:
     """Who this is, where it goes, and what binds it; on standard error."""
     from lepton_fl import __version__
+    from lepton_fl.secure_rounds import what_hides
 
     site, member, policy = started.site, started.member, started.site.policy
     require, budget = policy.require, policy.budget
@@ -199,8 +195,16 @@ def _banner(started: Started) -> None:
         )
     if policy.release.metrics == "exact":
         say("policy.toml lets evaluation figures leave without noise (release.metrics = 'exact')")
-    say(
-        "policy.toml refuses every study of this release: it asks secure aggregation, which it does not have"
-        if require.secure_aggregation
-        else NO_SECURE_AGGREGATION
-    )
+    if require.secure_aggregation:
+        say(
+            f"updates leave in sums over at least {require.min_sites} sites, or not at all "
+            "(require.secure_aggregation = true)"
+        )
+    else:
+        say(
+            "policy.toml allows studies without secure aggregation, in which the server sees each update of "
+            "this site (require.secure_aggregation = false)"
+        )
+    for offered in started.offered:
+        if offered.state != "refused":
+            say(printable(f"study {offered.study.study.name}: {what_hides(offered.study)}"))

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from lepton_fl import __version__
+from lepton_fl.cli.audit import audit_app
 from lepton_fl.cli.ca import ca_app
 from lepton_fl.cli.client import client_app
 from lepton_fl.cli.demo import demo_app
@@ -60,6 +61,7 @@ budget_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(budget_app, name="budget")
+app.add_typer(audit_app, name="audit")
 app.add_typer(study_app, name="study")
 app.add_typer(server_app, name="server")
 app.add_typer(ca_app, name="ca")
@@ -81,6 +83,11 @@ class Template(StrEnum):
 class Engine(StrEnum):
     process = "process"
     ray = "ray"
+
+
+class Secagg(StrEnum):
+    full = "full"
+    functional = "functional"
 
 
 class Format(StrEnum):
@@ -274,9 +281,18 @@ def simulate(
     drop: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SITE@ROUND",
+            metavar="SITE@ROUND[:PHASE]",
             help="From that round on the site does not answer; SITE@A-B: in rounds A to B. May be repeated. "
+            "With secure aggregation also from a PHASE of its first round: share, mask, confirm or unmask. "
             "Example: --drop hungary@10",
+        ),
+    ] = None,
+    secagg: Annotated[
+        Secagg | None,
+        typer.Option(
+            help="Secure aggregation of the charged run. full: the protocol. functional: the same integers "
+            "and noise, added up in clear; the same model. (Default: full while it takes about a minute; "
+            "rehearsals and sweeps are functional.)"
         ),
     ] = None,
     compare: Annotated[
@@ -355,7 +371,10 @@ def simulate(
         baselines=baselines,
         public=public,
         policies=policies,
+        secagg=None if secagg is None else secagg.value,
     )
+    if sweep and secagg is Secagg.full:
+        raise typer.BadParameter("--sweep with --secagg full: a sweep's sums are functional")
     if sweep and policies is not None:
         raise typer.BadParameter("--sweep with --policies: each point would be charged to the same ledgers")
     if jobs is not None and not sweep:
@@ -543,3 +562,65 @@ def budget_plan(
         show_plans(plans, study)
     if refused := [plan for plan in plans if not plan.fits]:
         fail(f"{refused[0].site}: {refused[0].reason}", 4)
+
+
+@budget_app.command("renew")
+def budget_renew(
+    config: SiteFile,
+    officer: Annotated[
+        Path, typer.Option("--officer-key", help="The privacy officer's key, mode 0600.", metavar="FILE")
+    ],
+    reason: Annotated[str, typer.Option(help="Why; it is kept in the ledger.", metavar="TEXT")],
+) -> None:
+    """Begin the budget of a site's data set anew, by its privacy officer's signature.
+
+    The losses of a person who is in the old data and in the new add up all the same: renew a budget when
+    the people are others, not when it is spent.
+    """
+    from lepton_fl.cli.budgets import budget_at, renew
+
+    budget = budget_at(config)
+    renewal = renew(budget, officer, reason)
+    say(f"renewal {renewal.number} of data set {budget.data_set} is in {budget.ledger_file}")
+
+
+@budget_app.command("officer-key")
+def budget_officer_key(
+    file: Annotated[Path, typer.Argument(help="Where to write the new key, mode 0600.", metavar="FILE")],
+) -> None:
+    """Make a privacy officer's key; prints the line for policy.toml, which names its public half."""
+    from lepton_fl.files import write_atomic
+    from lepton_fl.secagg.identity import IdentityKey
+
+    if file.exists():
+        raise ConfigError(f"{file}: exists, and is not overwritten", fix="name another file")
+    key = IdentityKey.generate()
+    make_writable(file.absolute().parent)
+    write_atomic(file, key.to_bytes(), mode=0o600)
+    say(f"wrote {file}; keep it where the agent cannot read it, and put this line under [budget]:")
+    typer.echo(f'officer_key = "{key.public.hex()}"')
+
+
+@budget_app.command("recover")
+def budget_recover(
+    config: SiteFile,
+    receipts: Annotated[
+        list[Path] | None,
+        typer.Option("--receipts", help="Receipts that the server or a peer gave; repeated.", metavar="FILE"),
+    ] = None,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Go on although entries are lost that no receipt explains.")
+    ] = False,
+) -> None:
+    """After a ledger was lost or put back from an older copy: charge every round that others have seen.
+
+    The agent must be stopped. What the ledger still has must verify.
+    """
+    from lepton_fl.cli.budgets import budget_at, recover_ledger
+
+    budget = budget_at(config)
+    found = recover_ledger(budget, receipts or [], accept_loss=accept_loss)
+    say(
+        f"{budget.ledger_file}: {found.charged} rounds charged that receipts show; {found.lost} entries lost "
+        "that none explains"
+    )

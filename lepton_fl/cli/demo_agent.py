@@ -23,6 +23,7 @@ from lepton_fl.privacy import Ledger
 from lepton_fl.site import Simulated, Site, SiteData
 from lepton_fl.site.config import SiteConfig, files_of, load_site_config
 from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.site.secure import LSA1, Membership
 from lepton_fl.study import Study
 from lepton_fl.training import SimulationNoise
 
@@ -36,7 +37,7 @@ def run(site_toml: Path, seed: int) -> None:
         LeptonError: as there; and the site's records are not those of the bundled data set.
     """
 
-    def opened(path: Path) -> Site[Simulated]:
+    def opened(path: Path, membership: Membership) -> Site[Simulated]:
         config, files = load_site_config(path), files_of(path)
         torch.set_num_threads(config.runtime.threads)
         noise = SimulationNoise(seed, config.site.id)
@@ -46,6 +47,7 @@ def run(site_toml: Path, seed: int) -> None:
             policy_file=str(files.policy),
             approvals=Approvals(files.approvals),
             load=_loader(config, path.parent, noise.key("split")),
+            aggregation=LSA1(membership),
             surroundings=Simulated(noise=noise, ledger=Ledger(files.ledger)),
         )
 

@@ -28,6 +28,7 @@ from lepton_fl.data import Contract, dealt
 from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError, PolicyRefused, VerificationFailed
 from lepton_fl.files import write_atomic
 from lepton_fl.fleet.server.studies import RoundRow, Run, Studies
+from lepton_fl.privacy import Guarantee
 from lepton_fl.simulation import Drop
 from lepton_fl.simulation.run import first_model, prepare, split_sites, write_study
 from lepton_fl.study import Study, load_study, override
@@ -85,6 +86,8 @@ class Saw:
     unit: str
     delta: float
     """Of every epsilon here."""
+    holds_against: str
+    """Whom every epsilon here holds against, and on which condition."""
     simulation: str | None
     """The command that gave the same model."""
 
@@ -180,7 +183,12 @@ class _Network:
             self._write(f"{site}/site.toml", tomli_w.dumps(table))
             self._write(f"{site}/policy.toml", _policy(site))
         self._write("study.toml", study_text(DATA_SET, epsilon=1.0))
-        study = override(load_study(home / "study.toml"), {"train.rounds": demo.rounds})
+        changes: dict[str, object] = {"train.rounds": demo.rounds, "secure_aggregation.enabled": True}
+        # All but one: the round in which an agent is killed is to go on without it.
+        changes |= dict.fromkeys(
+            ("secure_aggregation.min_sites", "secure_aggregation.min_survivors"), len(self._sites) - 1
+        )
+        study = override(load_study(home / "study.toml"), changes)
         write_study(home / "study.toml", study)
 
     def _write(self, name: str, text: str, *, mode: int = 0o644) -> None:
@@ -329,6 +337,7 @@ class _Network:
             ),
             unit=study.privacy.unit,
             delta=_DELTA,
+            holds_against=Guarantee.of(study).holds_against,
             simulation=None
             if self._demo.seed is None
             else self._simulate(study, self._demo.seed, missed, run),
@@ -452,10 +461,7 @@ def _print(saw: Saw) -> None:
     ]
     columns = ("site", "rounds in", "rounds out", "rounds charged", "bytes sent", "epsilon spent")
     print_table("What each site saw", columns, rows, right=(1, 3, 4))
-    typer.echo(
-        f"epsilon: at delta {saw.delta:g} per {saw.unit} of that site, against the server, other sites and "
-        "readers of the model; drawn from simulation noise"
-    )
+    typer.echo(f"epsilon: at delta {saw.delta:g} per {saw.unit} of that site, against {saw.holds_against}")
     typer.echo(f"server: {saw.rounds} rounds in {saw.seconds:.1f} s, model sha256 {saw.model}")
     for label in saw.labels:
         typer.echo(f"label: {label}")

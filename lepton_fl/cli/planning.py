@@ -10,11 +10,15 @@ import torch
 from lepton_fl.cli.terminal import print_table
 from lepton_fl.data import Contract
 from lepton_fl.errors import ConfigError
-from lepton_fl.privacy import Guarantee, epsilon_by_step
+from lepton_fl.privacy import Exposure, Guarantee
+from lepton_fl.privacy import epsilon as composed_epsilon
+from lepton_fl.secure_rounds import check_protectable, round_charge, sum_of, what_hides, what_leaves
 from lepton_fl.study import Study, check_delta, override
 from lepton_fl.tasks import build_model
 
 BYTES_PER_NUMBER = 4
+PER_PEER = {"LSA1": "0.3 kB up and 1 kB down", "LSA1-PQ": "2 kB up and 5 kB down"}
+"""What secure aggregation adds, by suite; a test holds it against a round."""
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the rounds at which a plan states epsilon."""
 ENOUGH_SIGNAL = 3.0
@@ -29,6 +33,8 @@ class Option:
     noise_multiplier: float
     by_round: dict[int, float]
     """Epsilon after so many rounds."""
+    exposures: tuple[Exposure, ...]
+    """Epsilon of the whole study by who looks, where that makes a difference."""
     warnings: tuple[str, ...]
 
 
@@ -40,10 +46,12 @@ class StudyPlan:
     numbers: int
     """Parameters that a site sends in each round."""
     options: tuple[Option, ...]
+    sites: int | None
+    """Where it is known of how many sites the plan is."""
 
     @property
     def bytes_per_round(self) -> int:
-        """Sent by, and to, one site in one round; messages add about 2 kB."""
+        """Numbers sent by, and to, one site in one round."""
         return self.numbers * BYTES_PER_NUMBER
 
     def as_json(self) -> dict[str, object]:
@@ -58,11 +66,14 @@ class StudyPlan:
             "charged_rounds": study.train.charged_rounds,
             "delta": study.privacy.delta,
             "unit": study.privacy.unit,
+            "leaves_a_site": what_leaves(study, self.numbers, self.sites),
+            "hiding": what_hides(study, self.sites),
             "options": [
                 {
                     "epsilon": o.epsilon,
                     "noise_multiplier": o.noise_multiplier,
                     "epsilon_by_round": o.by_round,
+                    "epsilon_against": {e.against: e.epsilon for e in o.exposures},
                     "warnings": list(o.warnings),
                 }
                 for o in self.options
@@ -91,12 +102,19 @@ class StudyPlan:
         )
         from typer import echo
 
+        secure = study.secure_aggregation
+        more = f", {PER_PEER[secure.suite]} for each other site" if secure.enabled else ""
         echo(
             f"each round: {self.numbers} numbers, {self.bytes_per_round:,} bytes up and as many down for "
-            f"each site (and about 2 kB of message); whole run "
+            f"each site (and some kB of message{more}); numbers of the whole run "
             f"{2 * self.bytes_per_round * study.train.rounds / 1e6:.2f} MB a site"
         )
+        echo(what_leaves(study, self.numbers, self.sites))
+        echo(what_hides(study, self.sites))
         for option in self.options:
+            if option.exposures:
+                against = "; ".join(f"{e.epsilon:.3g} against {e.against}" for e in option.exposures)
+                echo(f"at epsilon {option.epsilon:g}, by who looks: {against}")
             for warning in option.warnings:
                 echo(f"warning: at epsilon {option.epsilon:g}: {warning}")
 
@@ -105,8 +123,10 @@ def plan_study(study: Study, epsilons: tuple[float, ...], units: list[int]) -> S
     """Plan `study` at each of `epsilons` (its own if none) for sites of so many training units.
 
     Raises:
-        ConfigError: the study adds no noise, or delta is not below one over the smallest site's units.
+        ConfigError: the study adds no noise, delta is not below one over the smallest site's units, or a
+            cohort that it allows cannot be protected against its colluders.
     """
+    check_protectable(study)
     if study.privacy.epsilon is None or study.privacy.delta is None:
         raise ConfigError(
             f"study {study.study.name}: privacy.noise = 'none' has no epsilon to plan",
@@ -121,18 +141,32 @@ def plan_study(study: Study, epsilons: tuple[float, ...], units: list[int]) -> S
         event = guarantee.round_event
         if event is None:
             raise ConfigError("study: adds no noise")
-        rounds = sorted({max(1, round(study.train.rounds * share)) for share in MARKS})
-        spent = epsilon_by_step(event, study.privacy.delta, [n * study.train.local_steps for n in rounds])
         sigma = event.noise_multiplier
+        rounds = sorted({max(1, round(study.train.rounds * share)) for share in MARKS})
         options.append(
             Option(
                 epsilon=epsilon,
                 noise_multiplier=sigma,
-                by_round=dict(zip(rounds, spent, strict=True)),
+                by_round={n: composed_epsilon([event.times(n)], study.privacy.delta) for n in rounds},
+                exposures=_exposures(guarantee, numbers, len(units) or None),
                 warnings=tuple(_warnings(study, sigma, numbers, units)),
             )
         )
-    return StudyPlan(study=study, numbers=numbers, options=tuple(options))
+    return StudyPlan(study=study, numbers=numbers, options=tuple(options), sites=len(units) or None)
+
+
+def _exposures(guarantee: Guarantee, numbers: int, sites: int | None) -> tuple[Exposure, ...]:
+    """Epsilon by who looks, in the smallest sum; nothing where noise is local, and everyone sees the same.
+
+    Raises:
+        ConfigError: 32-bit integers have no room for the study's noise.
+    """
+    study = guarantee.study
+    if study.privacy.noise != "shared" or study.train.expected_batch is None:
+        return ()
+    n = sum_of(study, sites).n
+    charge = round_charge(guarantee, coordinates=numbers, sites=n)
+    return () if charge is None else guarantee.exposures(charge, n)
 
 
 def _warnings(study: Study, sigma: float, numbers: int, units: list[int]) -> list[str]:
@@ -171,17 +205,15 @@ def parameters(study: Study) -> int:
 
 
 def describe(study: Study) -> dict[str, object]:
-    """The study in plain words, for `study show` and `study approve`."""
-    guarantee = Guarantee.of(study)
+    """The study in plain words, for `study show` and `study approve`.
+
+    Raises:
+        ConfigError: a cohort that it allows cannot be protected against its colluders.
+    """
+    check_protectable(study)
     numbers = parameters(study)
-    secure = study.secure_aggregation
     stops = study.train.early_stopping
     early = "" if stops is None else f", fewer if early stopping by {stops.signal} says so"
-    seen = (
-        f"only as a sum over at least {secure.min_sites} sites"
-        if secure.enabled
-        else "which the server sees for each site: secure aggregation is off"
-    )
     return {
         "study": study.study.name,
         "id": study.id,
@@ -189,6 +221,23 @@ def describe(study: Study) -> dict[str, object]:
         "model": f"{study.model_name}, {numbers} numbers",
         "training": f"{study.train.strategy}, {study.train.rounds} rounds{early}, sample rate "
         f"{study.train.sample_rate:g}",
-        "leaves_the_site": f"Each round releases {numbers} numbers, {seen}.",
-        "promise": guarantee.sentence(),
+        "leaves_the_site": what_leaves(study, numbers),
+        "hiding": what_hides(study),
+        "promise": Guarantee.of(study).sentence(),
+        **_by_who_looks(study),
     }
+
+
+def _by_who_looks(study: Study) -> dict[str, str]:
+    found = _exposures(Guarantee.of(study), parameters(study), None)
+    said = "; ".join(f"{e.epsilon:.3g} for {e.against}" for e in found)
+    return {"epsilon_by_who_looks": said} if said else {}
+
+
+def promises(study: Study, sites: int) -> list[str]:
+    """What a cohort of so many sites is told before a run: what leaves, what hides it, and the epsilon."""
+    return [
+        what_leaves(study, parameters(study), sites),
+        what_hides(study, sites),
+        Guarantee.of(study).sentence(),
+    ]

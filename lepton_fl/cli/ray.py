@@ -33,6 +33,7 @@ def simulate_on_ray(request: Request, study_file: Path, out: Path, *, others: Ma
         "--drop": request.drops,
         "--public": request.public,
         "--baselines": request.baselines,
+        "--secagg": request.secagg,
         **others,
     }
     if given := [flag for flag, value in flags.items() if value]:

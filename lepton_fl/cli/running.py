@@ -21,7 +21,7 @@ from lepton_fl.data import Contract, Table, file_source, load_dataset, load_tabl
 from lepton_fl.errors import ConfigError, DataError, LeptonError
 from lepton_fl.privacy import Guarantee
 from lepton_fl.report import wording, write_report
-from lepton_fl.results import ArmName, Interval, Results, SweepValue
+from lepton_fl.results import ArmName, Interval, Results, SecureRun, SweepValue
 from lepton_fl.study import NAME_PATTERN, Study
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Request:
     baselines: Path | None
     public: Path | None = None
     policies: Path | None = None
+    secagg: SecureRun | None = None
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.dataset is None):
@@ -112,6 +113,7 @@ class Request:
             cut=None if self.how == NATURAL else self.how,
             drops=tuple(Drop.parse(text) for text in self.drops),
             kept=self.baselines,
+            secagg=self.secagg,
         )
 
     def options(self) -> tuple[str, ...]:
@@ -176,13 +178,15 @@ def read_tables(
 
 def run_plan(plan: Plan, *, as_json: bool, open_report: bool) -> None:
     """Simulate, write the report, print the outcome; ends the program where the run did not complete."""
+    from lepton_fl.cli.planning import promises
     from lepton_fl.simulation import simulate
 
     log = plan.out / "run.log"
     try:
         with logged_to(log):
             guarantee = Guarantee.of(plan.study)
-            say(guarantee.sentence())
+            for sentence in promises(plan.study, len(plan.tables)):
+                say(sentence)
             labels = ", ".join((*guarantee.simulation_labels, *plan.labels))
             with display_for(plan.study.task.metric, labels) as display:
                 results = simulate(plan, display)

@@ -72,8 +72,13 @@ def study_list(config: EitherFile = SERVER_TOML, as_json: Json = False) -> None:
         for study in studies:
             runs = desk.studies.runs(study.id)
             last = f"{runs[0].state}, {progress(runs[0], study)}" if runs else "no run yet"
-            rows.append((study.name, study.id[:12], when(study.submitted_at), last))
-        print_table("studies", ("study", "id", "submitted", "last run"), rows)
+            rows.append((study.name, study.id[:12], when(study.submitted_at), _hides(study.study()), last))
+        print_table("studies", ("study", "id", "submitted", "the server sees", "last run"), rows)
+
+
+def _hides(study: Study) -> str:
+    secure = study.secure_aggregation
+    return f"sums over {secure.min_sites} sites or more" if secure.enabled else "each site's update"
 
 
 def _list_offers(config: Path, *, as_json: bool) -> None:
@@ -88,8 +93,12 @@ def _list_offers(config: Path, *, as_json: bool) -> None:
             ]
         )
         return
-    rows = [(o.study.study.name, o.study.id[:12], o.study.study.purpose, o.state, o.reason) for o in offered]
-    print_table("studies offered to this site", ("study", "id", "purpose", "this site", "reason"), rows)
+    rows = [
+        (o.study.study.name, o.study.id[:12], o.study.study.purpose, _hides(o.study), o.state, o.reason)
+        for o in offered
+    ]
+    columns = ("study", "id", "purpose", "the server sees", "this site", "reason")
+    print_table("studies offered to this site", columns, rows)
 
 
 @study_app.command("show")
@@ -132,10 +141,8 @@ def _show(study: Study, more: Mapping[str, object], *, as_json: bool) -> None:
 
 
 def _show_submitted(desk: Desk, study: Submitted, *, as_json: bool) -> None:
-    from lepton_fl.cli.planning import describe
-
     if as_json:
-        print_json({**describe(study.study()), **study_json(desk, study)})
+        _show(study.study(), study_json(desk, study), as_json=True)
         return
     _show(study.study(), {}, as_json=False)
     connected = desk.connected()
@@ -195,7 +202,7 @@ def study_approve(
     # Before anybody is asked: what the policy forbids cannot be approved.
     admit_study(load_policy(site.policy), study, cohort=None, file=str(site.policy), approvals=None)
     found = describe(study)
-    for name in ("study", "id", "purpose", "leaves_the_site", "promise"):
+    for name in ("study", "id", "purpose", "leaves_the_site", "hiding", "promise"):
         typer.echo(printable(f"{name.replace('_', ' ')}: {found[name]}"))
     if not yes and not typer.confirm(f"Approve this study at {site.name}?", default=False):
         fail("not approved", 4)

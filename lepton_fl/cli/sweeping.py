@@ -6,7 +6,7 @@ import os
 import time
 import webbrowser
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from lepton_fl.report.sweep import NOT_CHOSEN, arms_of, verdict, write_sweep_rep
 from lepton_fl.report.wording import ARM, count, spent
 from lepton_fl.results import (
     Interval,
+    SecureRun,
     Sweep,
     SweepAxis,
     SweepPoint,
@@ -159,7 +160,8 @@ def _plan(request: Request, axes: Sequence[SweepAxis]) -> list[_Planned]:
             source = (Contract.of(here.study), here.how, here.sites)
             if source not in tables:
                 tables[source] = here.tables()
-            plan = here.plan(tables[source], Path(os.devnull))
+            secagg: SecureRun | None = "functional" if here.study.secure_aggregation.enabled else None
+            plan = replace(here, secagg=secagg).plan(tables[source], Path(os.devnull))
             study = check_plan(plan)
             labels = (*Guarantee.of(study).simulation_labels, *plan.labels)
         except LeptonError as error:
@@ -229,6 +231,8 @@ def _command(planned: _Planned, folder: Path) -> list[str]:
     request = planned.request
     words = ["simulate", str(home / "study.toml"), *request.options(), *request.cutting()]
     words += ["--baselines", str(request.baselines or folder / "baselines"), "--out", str(home)]
+    if planned.study.secure_aggregation.enabled:
+        words += ["--secagg", "functional"]
     if (home / "checkpoint.safetensors").exists():
         return [*words, "--resume"]
     # Interrupted before its first round: there is nothing to go on with.

@@ -12,6 +12,13 @@ from lepton_fl.data import dataset
 
 STUDIES = {"diagnosis": "heart", "fraud": "fraud", "credit": "credit", "ulb": "ulb"}
 """Template name to study file."""
+_STOCK = re.compile(r'noise = "shared" *#.*\n\n\[secure_aggregation\](.|\n)*?\n(?=\n\[)')
+_IN_CLEAR = """noise = "local"                 # each site adds all of it
+
+[secure_aggregation]            # not under stock Flower: its server sees each site's (private) update
+enabled = false
+min_sites = 3
+"""
 _COLUMNS_FROM = ("heart", "cancer", "credit", "ulb")
 """Studies on public data: their columns come with the data."""
 
@@ -85,7 +92,7 @@ def flower_texts(
     return {
         "pyproject.toml": project,
         "flower_app.py": _read("flower.app.txt"),
-        "study.toml": study_text("heart", epsilon=3.0) if study is None else study,
+        "study.toml": _STOCK.sub(_IN_CLEAR, study_text("heart", epsilon=3.0)) if study is None else study,
         "flower.env": _read("flower.env").replace("{home}", shlex.quote(str(home / ".flwr"))),
         ".flwr/config.toml": _read("flower.config.toml"),
     }
