@@ -120,13 +120,19 @@ def free_ports(number):
 
 
 @pytest.fixture
-def terminals(tmp_path):
+def place(tmp_path_factory):
+    """A folder of a short name: the path of a Unix socket has room for a hundred bytes."""
+    return tmp_path_factory.mktemp("d")
+
+
+@pytest.fixture
+def terminals(place):
     """One for the server and one for each bank, in one folder where `lepton-fl` is installed."""
-    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (place / ".venv/bin").mkdir(parents=True)
     for folder in ("server", "client"):  # As in the project's folder: they must be in nobody's way.
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    (tmp_path / ".venv/bin/activate").write_text(f"export PATH={tmp_path}/.venv/bin:$PATH\n")
-    command = tmp_path / ".venv/bin/lepton-fl"
+        shutil.copytree(ROOT / folder, place / folder)
+    (place / ".venv/bin/activate").write_text(f"export PATH={place}/.venv/bin:$PATH\n")
+    command = place / ".venv/bin/lepton-fl"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m lepton_fl "$@"\n')
     command.chmod(0o755)
     env = {
@@ -137,9 +143,9 @@ def terminals(tmp_path):
         "COLUMNS": "200",
         "PS1": "",
     }
-    opened = {who: Terminal(tmp_path, env) for who in ("server", *BANKS)}
+    opened = {who: Terminal(place, env) for who in ("server", *BANKS)}
     yield opened
-    for lock in tmp_path.glob("deployment/*/state/*.lock"):
+    for lock in place.glob("deployment/*/state/*.lock"):
         for pid in _holders(lock):
             os.kill(pid, signal.SIGKILL)
     for terminal in opened.values():
@@ -158,7 +164,7 @@ def _holders(lock):
     return found
 
 
-def test_the_section_ends_with_a_promoted_model(terminals, tmp_path):
+def test_the_section_ends_with_a_promoted_model(terminals, place):
     """Every line of it, in its order; only ports are others, and TOKEN is what was printed for the bank."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     data = "credit" if dataset("credit").cached.exists() else "heart"
@@ -190,10 +196,10 @@ def test_the_section_ends_with_a_promoted_model(terminals, tmp_path):
                 if "enroll approve" in line:
                     terminals[bank].end("enroll join")
             if "init server" in line:
-                config = tmp_path / "deployment/server/server.toml"
+                config = place / "deployment/server/server.toml"
                 settings = config.read_text().splitlines()
                 config.write_text("\n".join(typed(setting) for setting in settings))
 
     name = "heart-disease" if data == "heart" else "credit-default"
-    assert (tmp_path / f"deployment/server/state/models/{name}/current/weights.safetensors").is_file()
-    assert not (tmp_path / "deployment/server/state/models" / name / "2").exists()
+    assert (place / f"deployment/server/state/models/{name}/current/weights.safetensors").is_file()
+    assert not (place / "deployment/server/state/models" / name / "2").exists()

@@ -25,7 +25,7 @@ from lepton_fl.messages import (
     to_record,
 )
 from lepton_fl.secagg.context import Consortium
-from lepton_fl.secagg.errors import BadPayload, OtherRoster, Phase, PolicyViolation, SecaggError
+from lepton_fl.secagg.errors import BadPayload, OtherRoster, Phase, SecaggError
 from lepton_fl.secagg.identity import IdentityKey, Member, Roster
 from lepton_fl.site import secure as site_secure
 from lepton_fl.site.app import train_locally
@@ -414,12 +414,13 @@ def test_a_cohort_of_too_few(world, cohort):
 
 
 def test_more_colluders_than_the_study_protects_against(make_world):
-    """The site's own floor; before anything is spent."""
+    """The site's own policy; before anything is spent."""
     world = make_world(7, policy={"require": {"colluders": 2}})
     reply = world.ask(world.first(VICTIM))
 
-    assert is_refused(reply, for_good=True) == "PolicyViolation in advertise"
-    assert isinstance(world.errors(VICTIM)[0], PolicyViolation)
+    said = is_refused(reply, for_good=True)
+    assert said == "the site's policy refuses the study (require.colluders)"
+    assert isinstance(world.errors(VICTIM)[0], PolicyRefused)
     assert charged(world) == []
 
 
