@@ -24,7 +24,7 @@ from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.secagg.context import Cohort, Context, model_digest
 from lepton_fl.secagg.encoding import digest
 from lepton_fl.secagg.errors import Phase, PolicyViolation
-from lepton_fl.secagg.fixedpoint import Quantiser
+from lepton_fl.secagg.fixedpoint import Quantiser, most_bits
 from lepton_fl.secagg.identity import FIRST_PARTY, Roster
 from lepton_fl.secagg.keys import Suite
 from lepton_fl.study import Study
@@ -81,11 +81,7 @@ def cohort_of(study: Study, names: Sequence[str], roster: Roster) -> Cohort:
         raise PolicyViolation(
             f"{unknown[0]} is not a member in roster {roster.version}", phase=Phase.ADVERTISE
         )
-    return Cohort(
-        parties=tuple(sorted(by_name[name] for name in names)),
-        colluders=study.secure_aggregation.colluders,
-        min_sites=study.survivors(len(names)),
-    )
+    return _cohort(study, sorted(by_name[name] for name in names))
 
 
 def context_of(
@@ -96,17 +92,17 @@ def context_of(
     kind: str,
     round: int,
     roster: Roster,
-    model: Arrays,
+    parameters: int,
+    model: bytes,
 ) -> Context:
-    """The first attempt at one sum; `model` is what this party sends, or received.
+    """The first attempt at one sum; `parameters` is how many the model has, `model` its `digest_of`.
 
     Raises:
         PolicyViolation: as `cohort_of`, or the study has no sum of this kind.
     """
     cohort = cohort_of(study, names, roster)
     if kind == TRAIN_SUM:
-        coordinates = sum(array.size for array in model.values())
-        quantiser = update_quantiser(study, cohort.n, coordinates)
+        coordinates, quantiser = parameters, update_quantiser(study, cohort.n, parameters)
     elif kind == EVALUATE_SUM and (bins := study.score_bins):
         coordinates, quantiser = 2 * bins, count_quantiser(study, cohort.n)
         if study.evaluation.release == "exact":
@@ -123,7 +119,7 @@ def context_of(
         coordinates=coordinates,
         quantiser=quantiser,
         weighted=False,
-        model=digest_of(model),
+        model=model,
         study=bytes.fromhex(study.id),
         roster=roster.version,
         suite=Suite(f"lepton-fl/secagg/{study.secure_aggregation.suite}"),
@@ -142,7 +138,7 @@ def update_quantiser(study: Study, sites: int, coordinates: int) -> Quantiser:
     if lattice is not None:
         # Updates are gradients divided by the batch.
         return lattice.quantiser(divisor=lattice.expected_batch)
-    return Quantiser(clip=update_bound(study), bits=31 - max(1, sites - 1).bit_length(), max_n=sites)
+    return Quantiser(clip=update_bound(study), bits=most_bits(sites), max_n=sites)
 
 
 def shared_lattice(study: Study, sites: int, coordinates: int) -> Lattice | None:
@@ -183,16 +179,15 @@ def count_quantiser(study: Study, sites: int) -> Quantiser:
     Raises:
         PolicyViolation: the noise on them would need more room than 32 bits leave.
     """
-    bits = 31 - max(1, sites - 1).bit_length()
-    half = (1 << (bits - 1)) - 1
     noise = count_noise(study, sites)
-    if 16 * noise > half // 2:
+    quantiser = Quantiser.at_scale(COUNT_STEPS if noise else 1, max_n=sites)
+    if 16 * noise > quantiser.half // 2:
         raise PolicyViolation(
             f"noise of {noise:.0f} integers on the counts of each of {sites} sites has no room beside them; "
             "raise evaluation.share",
             phase=Phase.ADVERTISE,
         )
-    return Quantiser(clip=half / (COUNT_STEPS if noise else 1), bits=bits, max_n=sites)
+    return quantiser
 
 
 def encode_counts(counts_2B: NDArray[np.int64], quantiser: Quantiser) -> NDArray[np.int64]:
@@ -357,14 +352,18 @@ def what_hides(study: Study, sites: int | None = None) -> str:
 
 
 def _any_cohort(study: Study, sites: int) -> Cohort:
+    return _cohort(study, range(FIRST_PARTY, FIRST_PARTY + sites))
+
+
+def _cohort(study: Study, parties: Sequence[int]) -> Cohort:
     return Cohort(
-        parties=tuple(range(FIRST_PARTY, FIRST_PARTY + sites)),
+        parties=tuple(parties),
         colluders=study.secure_aggregation.colluders,
-        min_sites=study.survivors(sites),
+        min_sites=study.survivors(len(parties)),
     )
 
 
 def digest_of(model: Arrays) -> bytes:
-    """The model's digest in a context."""
+    """The digest in a context of the model that a party sends, or received."""
     little = {name: np.ascontiguousarray(a, dtype="<f4") for name, a in model.items()}
     return model_digest((name, "<f4", tuple(map(int, a.shape)), a.data) for name, a in little.items())

@@ -19,12 +19,13 @@ from lepton_fl.errors import VerificationFailed
 from lepton_fl.federation.grids import SummingGrid, WrappingGrid
 from lepton_fl.messages import Assignment
 from lepton_fl.privacy.lattice import Lattice
-from lepton_fl.secure_rounds import TRAIN_SUM, context_of, shared_lattice
+from lepton_fl.secure_rounds import TRAIN_SUM, context_of, digest_of, shared_lattice
 from lepton_fl.simulation.members import memberships
 from lepton_fl.simulation.run import Run, prepare
 from lepton_fl.site.secure import encoded
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays
+from lepton_fl.tasks.arrays import size_of
 from lepton_fl.training import Noise
 
 SITES = ("ash", "birch", "cedar", "oak")
@@ -108,7 +109,8 @@ def sum_words(study: Study, model: Arrays) -> Callable[[NDArray[np.float64], Noi
         kind=TRAIN_SUM,
         round=assignment.round,
         roster=memberships(dict(enumerate(SITES, start=101)))[0].roster,
-        model=model,
+        parameters=size_of(model),
+        model=digest_of(model),
     )
     return lambda update_L, noise: encoded(update_L, assignment, context, noise).view(np.int32).astype(float)
 

@@ -106,8 +106,8 @@ class SummingGrid(WrappingGrid):
         """One reply with the mean of the accepted updates, then the replies that were refused."""
 
 
-def replies_of(grid: Grid, messages: Sequence[Message], deadline: float) -> Iterator[Message]:
-    """Of what `grid` brings before the deadline: for each message the first that is a reply to it."""
+def replies_of(grid: Grid, messages: Sequence[Message], deadline: float | None) -> Iterator[Message]:
+    """For each message the first reply to it that `grid` brings, in `deadline` seconds if there is one."""
     waiting = {message.metadata.dst_node_id: message for message in messages}
     for reply in grid.send_and_receive(messages, timeout=deadline):
         node = reply.metadata.src_node_id

@@ -39,8 +39,8 @@ from lepton_fl.secagg.context import Consortium, Context
 from lepton_fl.secagg.errors import Phase, SecaggError
 from lepton_fl.secagg.identity import Roster
 from lepton_fl.secagg.server import ServerRound, Sum
-from lepton_fl.secure_rounds import TRAIN_SUM, context_of, decode_counts, groups_of
-from lepton_fl.tasks.arrays import Arrays, unflatten
+from lepton_fl.secure_rounds import TRAIN_SUM, context_of, decode_counts, digest_of, groups_of
+from lepton_fl.tasks.arrays import Arrays, size_of, unflatten
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,9 @@ class SecureGrid(SummingGrid):
 def contexts_of(message: Message, roster: Roster) -> list[Context]:
     """The sums of the round that `message` begins, as the server makes them: one for each group."""
     assignment, kind = read_assignment(message), SUMS[message.metadata.message_type]
+    model = _model_in(message)
+    # Once, not for each group: it may be large.
+    digest = digest_of(model)
     return [
         context_of(
             assignment.study,
@@ -90,10 +93,17 @@ def contexts_of(message: Message, roster: Roster) -> list[Context]:
             kind=kind,
             round=assignment.round,
             roster=roster,
-            model=_model_in(message),
+            parameters=size_of(model),
+            model=digest,
         )
         for names in groups_of(assignment.study, kind, assignment.cohort, assignment.round)
     ]
+
+
+def ask(messages: Iterable[Message], request: SecureRequest) -> None:
+    """Put the request into all messages. Many with one content stay so: a transport sends it once."""
+    for content in {id(message.content): message.content for message in messages}.values():
+        content[SECAGG] = request.record()
 
 
 def sum_reply(message: Message, context: Context, mean_L: NDArray[np.float64], members: list[int]) -> Message:
@@ -186,10 +196,7 @@ class _SecureRound:
 
     def run(self, timeout: float | None) -> list[Message]:
         """A reply for each group with a sum, and one for each site that gave none and said why."""
-        record = self._request(1, b"")
-        # Many messages with one content: a transport sends it once.
-        for content in {id(m.content): m.content for m in self._asked.values()}.values():
-            content[SECAGG] = record[SECAGG]
+        ask(self._asked.values(), self._request(1))
         self._attempt(self._groups, list(self._asked.values()), timeout)
         for number in range(2, ATTEMPTS + 1):
             again = [group for group in self._groups if group.may_try_again]
@@ -201,7 +208,7 @@ class _SecureRound:
                 group.server, group.lost = ServerRound(group.context, self._consortium), None
                 group.silent.clear()
             parties = [party for group in again for party in sorted(group.alive)]
-            content = self._request(number, b"")
+            content = self._content(self._request(number))
             self._attempt(again, self._messages(Phase.ADVERTISE, dict.fromkeys(parties, content)))
         return [reply for group in self._groups for reply in self._replies(group)]
 
@@ -264,7 +271,10 @@ class _SecureRound:
                 self._lose(group, error)
                 continue
             # The same for all, as the survivors are: one content.
-            made = {body: self._request(group.context.attempt, body) for body in set(bodies.values())}
+            made = {
+                body: self._content(self._request(group.context.attempt, body))
+                for body in set(bodies.values())
+            }
             contents |= {party: made[body] for party, body in bodies.items()}
         self._exchange(self._messages(phase, contents), self._deadline, take)
 
@@ -315,10 +325,12 @@ class _SecureRound:
         if error.culprit in self._asked:
             self._accuse(error.culprit, error)
 
-    def _request(self, attempt: int, body: bytes) -> RecordDict:
-        request = SecureRequest(
+    def _request(self, attempt: int, body: bytes = b"") -> SecureRequest:
+        return SecureRequest(
             kind=self._kind, attempt=attempt, roster=self._consortium.roster.version, body=body
         )
+
+    def _content(self, request: SecureRequest) -> RecordDict:
         config = next(iter(self._asked.values())).content.config_records[CONFIG]
         return RecordDict({CONFIG: config, SECAGG: request.record()})
 

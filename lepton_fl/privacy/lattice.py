@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.privacy.accounting import DiscreteGaussian, sensitivity, share_for
-from lepton_fl.secagg.fixedpoint import Quantiser
+from lepton_fl.secagg.fixedpoint import ROOM, Quantiser
 
 SLACK = 2.0**-10
 """What training promises: a computed sum moves by at most clip * (1 + SLACK) with one unit.
@@ -16,8 +16,6 @@ SLACK = 2.0**-10
 docs/accounting.md says for which batches and precisions that holds.
 """
 
-_ROOM = (1 << 30) - 1
-"""Largest sum either way: half of the words stay impossible, so that what was not unmasked is noticed."""
 _TAIL = 12
 """Standard deviations of all sites' noise that have room: a coordinate leaves it with 2^-102."""
 _OVERHEAD = 0.01
@@ -117,7 +115,7 @@ class Lattice:
     @property
     def half(self) -> int:
         """Largest integer of one site before noise, either way; a sum beyond it is cut to it."""
-        return (_ROOM - self.tails) // self.cohort
+        return (ROOM - self.tails) // self.cohort
 
     @property
     def reach(self) -> float:
@@ -129,9 +127,7 @@ class Lattice:
 
         Its largest integer is the largest 2^k - 1 up to `half`.
         """
-        bits = (self.half + 1).bit_length()
-        half = (1 << (bits - 1)) - 1
-        return Quantiser(clip=half / self.scale / divisor, bits=bits, max_n=self.cohort, tails=self.tails)
+        return Quantiser.at_scale(self.scale * divisor, max_n=self.cohort, tails=self.tails)
 
     def event(self, *, sampling_rate: float, steps: int, sampler_distance: float) -> DiscreteGaussian:
         """What so many steps on this lattice cost, given the total variation of one drawn share."""

@@ -21,9 +21,17 @@ _LIMB_BITS = 16
 MAX_PARTIES = 1 << 16
 """Largest cohort whose limbs add up below 2^32."""
 
+ROOM = (1 << 30) - 1
+"""Largest sum either way: half of the words stay impossible, so that what was not unmasked is noticed."""
+
 _TILE = 1 << 15
 Update: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def most_bits(max_n: int, tails: int = 0) -> int:
+    """The most bits of one site's integer, where so many are added up with `tails` beside them."""
+    return ((ROOM - tails) // max_n + 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +65,17 @@ class Quantiser:
             raise ValueError(f"max_n = {self.max_n}: 1 to {MAX_PARTIES}")
         if not 1 <= self.max_weight < 1 << LIMBS * _LIMB_BITS:
             raise ValueError(f"max_weight = {self.max_weight}: 1 to 2^64 - 1")
-        if self.bits < 2 or self.tails < 0 or self.max_n * self.half + self.tails >= 1 << 30:
-            most = (((1 << 30) - 1 - self.tails) // self.max_n + 1).bit_length()
+        if self.bits < 2 or self.tails < 0 or self.max_n * self.half + self.tails > ROOM:
             raise ValueError(
-                f"bits = {self.bits}, tails = {self.tails}, sums of {self.max_n} sites: bits are 2 to {most}"
+                f"bits = {self.bits}, tails = {self.tails}, sums of {self.max_n} sites: bits are 2 to "
+                f"{most_bits(self.max_n, self.tails)}"
             )
+
+    @classmethod
+    def at_scale(cls, scale: float, *, max_n: int, tails: int = 0) -> Quantiser:
+        """All the bits that there is room for, and `scale` integers for one unit of an update."""
+        bits = most_bits(max_n, tails)
+        return cls(clip=((1 << (bits - 1)) - 1) / scale, bits=bits, max_n=max_n, tails=tails)
 
     @property
     def half(self) -> int:

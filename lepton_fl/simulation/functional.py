@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from lepton_fl.errors import BadRequest, VerificationFailed
 from lepton_fl.federation.grids import SummingGrid, replies_of
-from lepton_fl.federation.secure import contexts_of, sum_reply
+from lepton_fl.federation.secure import ask, contexts_of, sum_reply
 from lepton_fl.messages import (
     ARRAYS,
-    SECAGG,
     SUMS,
     Assignment,
     SecureRequest,
@@ -86,14 +85,12 @@ class FunctionalGrid(SummingGrid):
     def _sum(self, asked: list[Message], timeout: float | None) -> list[Message]:
         by_node = {message.metadata.dst_node_id: message for message in asked}
         contexts = contexts_of(asked[0], self._roster)
-        request = SecureRequest(kind=contexts[0].kind, attempt=1, roster=self._roster.version)
-        for content in {id(m.content): m.content for m in asked}.values():
-            content[SECAGG] = request.record()
+        ask(asked, SecureRequest(kind=contexts[0].kind, attempt=1, roster=self._roster.version))
         groups = [_Group(context, np.zeros(context.words, np.uint32)) for context in contexts]
         group_of = {party: group for group in groups for party in group.context.cohort.parties}
         sums: list[Message] = []
         rest: list[Message] = []
-        for reply in replies_of(self.inner, asked, timeout or 0.0):
+        for reply in replies_of(self.inner, asked, timeout):
             if reply.has_error():
                 rest.append(reply)
                 continue

@@ -66,6 +66,7 @@ from lepton_fl.simulation.run import (
 )
 from lepton_fl.study import OperatingPoint, Study, check_delta, override
 from lepton_fl.tasks import Arrays
+from lepton_fl.tasks.arrays import size_of
 from lepton_fl.tasks.metrics import RESAMPLES, Bootstrap, Scored, evaluate
 from lepton_fl.tasks.model_file import write_model
 from lepton_fl.tasks.operating import DEFAULT_FPR
@@ -600,9 +601,7 @@ class _Simulation:
             noise_multiplier=None if event is None else event.noise_multiplier,
             sample_rate=study.train.sample_rate,
             steps=study.charged_steps,
-            leaves=what_leaves(
-                study, sum(a.size for a in self.main.federation.model.values()), len(self.splits)
-            ),
+            leaves=what_leaves(study, size_of(self.main.federation.model), len(self.splits)),
         )
 
     def _secure_sums(self) -> SecureSums | None:
@@ -621,7 +620,7 @@ class _Simulation:
         return ModelFile(
             name=self.study.model_name,
             file="model.safetensors",
-            parameters=int(sum(a.size for a in arrays.values())),
+            parameters=size_of(arrays),
             sha256=digest,
         )
 

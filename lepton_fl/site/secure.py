@@ -37,11 +37,13 @@ from lepton_fl.secure_rounds import (
     EVALUATE_SUM,
     context_of,
     count_noise,
+    digest_of,
     encode_counts,
     group_with,
     shared_lattice,
 )
 from lepton_fl.tasks import Arrays
+from lepton_fl.tasks.arrays import size_of
 from lepton_fl.training.noise import Noise
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,8 @@ def begun(message: Message, assignment: Assignment, site: str, roster: Roster, m
         kind=kind,
         round=assignment.round,
         roster=roster,
-        model=model,
+        parameters=size_of(model),
+        model=digest_of(model),
     )
 
 

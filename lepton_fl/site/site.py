@@ -22,6 +22,7 @@ from lepton_fl.site.policy import Approvals, Policy
 from lepton_fl.site.secure import LSA1, Aggregation, NoAggregation
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, TaskSpec, arrays_of, build_model, task_of
+from lepton_fl.tasks.arrays import size_of
 from lepton_fl.training.noise import Noise, SimulationNoise, UnseededNoise
 
 BENCHES = 4
@@ -184,7 +185,7 @@ class Workbench:
     @property
     def coordinates(self) -> int:
         """Parameters of the model."""
-        return sum(array.size for array in self.template.values())
+        return size_of(self.template)
 
     def charge(self, sites: int) -> DiscreteGaussian | None:
         """What one round costs, in a sum over so many sites; errors as in `round_charge`."""

@@ -39,6 +39,11 @@ def group_of(arrays: Arrays, group: str) -> Arrays:
     return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
 
+def size_of(arrays: Mapping[str, np.ndarray]) -> int:
+    """Numbers in all of them."""
+    return sum(array.size for array in arrays.values())
+
+
 def flatten(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """All arrays one after another, in their order: [L]."""
     return np.concatenate([np.ravel(array) for array in arrays.values()])
