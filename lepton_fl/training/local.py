@@ -29,6 +29,7 @@ from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec
 from lepton_fl.training.noise import Noise
 from lepton_fl.training.sampling import PoissonSampler
+from lepton_fl.training.units import RecordsOfUnits
 
 MICRO_BATCH_UNITS = 2048
 """Units, and records, whose gradients are held at once. Speed and memory only: the result is the same."""
@@ -159,7 +160,7 @@ def train_locally(
     model.train()
     x_NF, y_N = torch.from_numpy(table.x_NF), torch.from_numpy(table.y_N)
     sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
-    records = _RecordsOfUnits(table.unit_N, table.units)
+    records = RecordsOfUnits(table.unit_N, table.units)
     hooks = GradSampleHooks(model, loss_reduction="sum")
     optimizer = _LatticeOptimizer(_inner_optimizer(model, plan), plan, noise, round)
     if plan.proximal_mu:
@@ -290,29 +291,6 @@ def _pull(model: nn.Module, mu: float) -> Callable[[DPOptimizer], None]:
                 parameter.grad.add_(parameter - start, alpha=mu)
 
     return pull
-
-
-class _RecordsOfUnits:
-    """Looks up the records of sampled units."""
-
-    def __init__(self, unit_N: np.ndarray, units: int) -> None:
-        # Records grouped by unit: unit u owns _order[_start[u] : _start[u + 1]].
-        order = np.argsort(unit_N, kind="stable")
-        self._order_N = torch.from_numpy(order)
-        counts_U = np.bincount(unit_N, minlength=units)
-        self._one_each = bool((counts_U == 1).all())
-        self._count_U = torch.from_numpy(counts_U)
-        self._start_U = torch.from_numpy(np.concatenate([[0], np.cumsum(counts_U)[:-1]]))
-
-    def of(self, unit_S: Tensor) -> tuple[Tensor, Tensor]:
-        """Record indices [B] of the sampled units [S], and each record's position in the sample [B]."""
-        if self._one_each:
-            return self._order_N[unit_S], torch.arange(len(unit_S))
-        count_S = self._count_U[unit_S]
-        owner_B = torch.repeat_interleave(torch.arange(len(unit_S)), count_S)
-        first_S = torch.cumsum(count_S, 0) - count_S
-        within_B = torch.arange(len(owner_B)) - first_S[owner_B]
-        return self._order_N[self._start_U[unit_S][owner_B] + within_B], owner_B
 
 
 def _units_at_once(model: nn.Module) -> int:

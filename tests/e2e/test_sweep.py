@@ -213,6 +213,8 @@ def test_a_killed_point_leaves_the_rest_and_an_interrupt_ends_all(short_study, t
 
     run = start("--resume")
     try:
+        # Its process first: the log of the run that was killed has rounds too.
+        until(lambda: processes_of(long), "the point's process")
         until(lambda: "\nround " in (long / "console.log").read_text(), "a round")
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(timeout=120)
