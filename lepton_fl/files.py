@@ -1,10 +1,13 @@
-"""Files that a crash cannot leave half written, and locks that it cannot leave behind."""
+"""Files and databases that a crash cannot leave half written, and locks that it cannot leave behind."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -46,3 +49,38 @@ def lock(path: Path, *, patience: float = 0.0) -> int | None:
                 os.close(handle)
                 return None
             time.sleep(0.05)
+
+
+def open_database(path: Path, *, patience: float = 30.0, of_one_thread: bool = False) -> sqlite3.Connection:
+    """A connection to the SQLite file at `path`, made with mode 0600 where there is none.
+
+    Every commit is on disk before it returns. `patience` is how many seconds to wait while another process
+    writes. Several threads may have it, one at a time, unless it is `of_one_thread`.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be used.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    db = sqlite3.connect(path, isolation_level=None, timeout=patience, check_same_thread=of_one_thread)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        # FULL: a commit returns only when the write-ahead log is on disk.
+        db.execute("PRAGMA synchronous = FULL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of the block's writes, or none; nobody else writes meanwhile."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        # Where the disk failed, SQLite may have ended it already.
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise

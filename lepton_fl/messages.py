@@ -6,12 +6,14 @@ cohort, so a site decides on each message by itself and no earlier message can h
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from flwr.app import (
@@ -28,6 +30,7 @@ from flwr.app import (
 from flwr.supercore.task_identity import TaskIdentity
 
 from lepton_fl.errors import AlreadyCharged, BadReply, BadRequest, LeptonError, Unwritable
+from lepton_fl.secagg.context import DIGEST_BYTES
 from lepton_fl.secagg.errors import SERVER, BadPhase, Phase, SecaggError
 from lepton_fl.secagg.masks import Words
 from lepton_fl.secagg.messages import MaskedUpdate, to_wire
@@ -99,12 +102,23 @@ class SecureRequest:
     attempt: int
     roster: int
     """The version that the server goes by."""
+    session: bytes = b""
+    """That the server proposes to resume; empty for an ordinary attempt, and in later exchanges."""
+    step: int = 0
+    """Of the session."""
     body: bytes = b""
     """The protocol's request; empty where a site is asked to advertise."""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(
-            {"kind": self.kind, "attempt": self.attempt, "roster": self.roster, "body": self.body}
+            {
+                "kind": self.kind,
+                "attempt": self.attempt,
+                "roster": self.roster,
+                "session": self.session,
+                "step": self.step,
+                "body": self.body,
+            }
         )
 
 
@@ -154,6 +168,15 @@ def assignment_config(assignment: Assignment) -> ConfigRecord:
     )
 
 
+def _config(content: RecordDict, name: str) -> ConfigRecord | None:
+    """A config record, if there is one of this name.
+
+    Past `RecordDict.config_records`, which makes a dictionary of all of them at each look.
+    """
+    record = content.get(name)
+    return record if isinstance(record, ConfigRecord) else None
+
+
 def read_assignment(message: Message) -> Assignment:
     """What `message` asks.
 
@@ -162,10 +185,9 @@ def read_assignment(message: Message) -> Assignment:
         VerificationFailed: the study's bytes are not those of its id.
         ConfigError: this release does not understand the study.
     """
-    try:
-        config = message.content.config_records[CONFIG]
-    except (KeyError, ValueError):
-        raise BadRequest("message: carries no config record") from None
+    config = _config(message.content, CONFIG) if message.has_content() else None
+    if config is None:
+        raise BadRequest("message: carries no config record")
     canonical, study_id = config.get("study"), config.get("study-id")
     run, cohort, number = config.get("run"), config.get("cohort"), config.get(ROUND)
     if not (isinstance(canonical, bytes) and isinstance(study_id, str)):
@@ -176,22 +198,24 @@ def read_assignment(message: Message) -> Assignment:
         raise BadRequest("message: carries no run id")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise BadRequest("message: carries no round")
-    if not isinstance(cohort, list) or not all(isinstance(name, str) for name in cohort):
+    if not isinstance(cohort, list):
         raise BadRequest("message: carries no cohort")
     if len(cohort) > _MAX_COHORT:
         raise BadRequest(f"message: a cohort of {len(cohort)} sites, at most {_MAX_COHORT} are read")
-    names = tuple(str(name) for name in cohort)
-    _check_cohort(names)
-    return Assignment(study=_parsed(canonical, study_id), run=run, round=number, cohort=names)
+    return _assigned(canonical, study_id, run, number, tuple(cohort))
 
 
 @lru_cache(maxsize=16)
-def _check_cohort(names: tuple[str, ...]) -> None:
-    """Once for a cohort, not once a message: there are as many messages as names."""
+def _assigned(canonical: bytes, study_id: str, run: str, number: int, cohort: tuple[Any, ...]) -> Assignment:
+    """Once for a round, not once a message: there are as many messages as names in each."""
+    if not all(isinstance(name, str) for name in cohort):
+        raise BadRequest("message: carries no cohort")
+    names = tuple(str(name) for name in cohort)
     if not all(is_site_name(name) for name in names):
         raise BadRequest("message: the cohort names what is no site")
     if list(names) != sorted(set(names)):
         raise BadRequest("message: the cohort is not sorted, or names a site twice")
+    return Assignment(study=_parsed(canonical, study_id), run=run, round=number, cohort=names)
 
 
 def read_secure(message: Message) -> SecureRequest:
@@ -200,16 +224,22 @@ def read_secure(message: Message) -> SecureRequest:
     Raises:
         BadRequest: a part is missing or of another type.
     """
-    record = message.content.config_records.get(SECAGG, ConfigRecord())
+    record = _config(message.content, SECAGG) or ConfigRecord()
     kind, attempt, roster = record.get("kind"), record.get("attempt"), record.get("roster")
-    body = record.get("body")
+    body, session, step = record.get("body"), record.get("session"), record.get("step")
     if not isinstance(kind, str) or not isinstance(body, bytes):
         raise BadRequest("message: carries no request of a secure round")
     if len(body) > _MAX_BODY:
         raise BadRequest(f"message: an exchange of {len(body)} bytes, at most {_MAX_BODY} are read")
     if type(attempt) is not int or type(roster) is not int or min(attempt, roster) < 1:
         raise BadRequest("message: carries no attempt of a secure round, or no roster")
-    return SecureRequest(kind=kind, attempt=attempt, roster=roster, body=body)
+    if not isinstance(session, bytes) or type(step) is not int:
+        raise BadRequest("message: says not whether a secure round is of a session")
+    # A session is proposed where a round begins, and nowhere else.
+    lengths = (0, DIGEST_BYTES) if message.metadata.message_type in SUMS else (0,)
+    if len(session) not in lengths or step < 0 or (step and not session):
+        raise BadRequest("message: proposes a session that is none")
+    return SecureRequest(kind=kind, attempt=attempt, roster=roster, session=session, step=step, body=body)
 
 
 def received(message: Message, template: Arrays) -> Arrays:
@@ -247,7 +277,7 @@ def read_secure_reply(reply: Message, *, masked: bool = False) -> tuple[bytes, W
         BadReply: it holds something else.
     """
     content = reply.content
-    body = content.config_records.get(SECAGG, ConfigRecord()).get("body")
+    body = (_config(content, SECAGG) or ConfigRecord()).get("body")
     expected = {SECAGG, ARRAYS} if masked else {SECAGG}
     if set(content) != expected or not isinstance(body, bytes):
         raise BadReply("reply: is none of a secure round")
@@ -268,7 +298,20 @@ def _parsed(canonical: bytes, study_id: str) -> Study:
 
 def to_record(arrays: dict[str, np.ndarray]) -> ArrayRecord:
     """Arrays by name as a Flower record."""
-    return ArrayRecord({name: Array(np.asarray(a, order="C")) for name, a in arrays.items()})
+    return ArrayRecord({name: _as_array(array) for name, array in arrays.items()})
+
+
+def _as_array(array: np.ndarray) -> Array:
+    """As Flower makes it of a numpy array, without its ten calls for each."""
+    header = _header(array.dtype.str, array.shape)
+    return Array(str(array.dtype), array.shape, "numpy.ndarray", header + array.tobytes())
+
+
+@lru_cache(maxsize=256)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    written = io.BytesIO()
+    np.lib.format.write_array_header_1_0(written, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return written.getvalue()
 
 
 def from_record(record: ArrayRecord, *, copy: bool = True) -> dict[str, np.ndarray]:
@@ -383,7 +426,7 @@ def refusal_exit_code(reply: Message) -> int:
 
 def round_of(message: Message) -> int:
     """The round that a message of ours belongs to; 0 if none."""
-    found = message.content.config_records.get(CONFIG, ConfigRecord()).get(ROUND)
+    found = (_config(message.content, CONFIG) or ConfigRecord()).get(ROUND)
     return found if isinstance(found, int) else 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from lepton_fl.errors import ConfigError, PolicyRefused
 from lepton_fl.privacy.accounting import DiscreteGaussian
 from lepton_fl.privacy.discrete_gaussian import distance
-from lepton_fl.privacy.guarantee import Guarantee
+from lepton_fl.privacy.guarantee import Exposure, Guarantee
 from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.secagg.context import Cohort, Context, model_digest
 from lepton_fl.secagg.encoding import digest
@@ -57,10 +58,21 @@ def groups_of(study: Study, kind: str, names: Sequence[str], round: int) -> list
     return [tuple(drawn[first::count]) for first in range(count)]
 
 
+def resumes(study: Study, kind: str) -> bool:
+    """Whether a round of this kind leaves what the next can resume: a next one, and of the same sites."""
+    secure = study.secure_aggregation
+    return kind == TRAIN_SUM and secure.sessions and secure.group_size is None
+
+
 def group_sizes(study: Study, cohort: int) -> set[int]:
     """How many sites the groups of a cohort of this size have: one number, or two that follow each other."""
     count = study.groups(cohort)
     return {cohort // count, -(-cohort // count)}
+
+
+def smallest_sum(study: Study) -> int:
+    """Sites in the smallest sum of the smallest cohort: what is known before a cohort is formed."""
+    return min(group_sizes(study, study.secure_aggregation.min_sites))
 
 
 def group_with(site: str, study: Study, kind: str, names: Sequence[str], round: int) -> tuple[str, ...]:
@@ -84,10 +96,11 @@ def cohort_of(study: Study, names: Sequence[str], roster: Roster) -> Cohort:
     return _cohort(study, sorted(by_name[name] for name in names))
 
 
+@lru_cache(maxsize=64)
 def context_of(
     study: Study,
     *,
-    names: Sequence[str],
+    names: tuple[str, ...],
     run: str,
     kind: str,
     round: int,
@@ -217,7 +230,8 @@ def count_noise(study: Study, sites: int) -> float:
        t sqrt(m) (Kairouz, Liu and Steinke 2021, Theorem 12);
     2. which is, within 2^-110, a continuous Gaussian of variance m t^2 - 4 about the counts' integers,
        rounded to a discrete Gaussian of parameter 2 about where it fell (Peikert 2010, Theorem 3.1);
-    3. and m t^2 - 4 is at least (COUNT_STEPS sigma)^2, while a unit moves one integer by COUNT_STEPS.
+    3. and m t^2 - 4 is at least (COUNT_STEPS sigma)^2, while a unit at one site moves one integer by
+       COUNT_STEPS; one person's units at several sites are several such, as `Guarantee.metrics` has them.
     """
     guarantee = Guarantee.of(study)
     metrics = guarantee.metrics
@@ -265,7 +279,7 @@ def check_protectable(study: Study, sites: int | None = None) -> None:
             ) from None
 
 
-def round_charge(guarantee: Guarantee, *, coordinates: int, sites: int) -> DiscreteGaussian | None:
+def round_event(guarantee: Guarantee, *, coordinates: int, sites: int) -> DiscreteGaussian | None:
     """What one round costs one site, in a sum over `sites`; None where the study adds no noise.
 
     Raises:
@@ -308,6 +322,20 @@ def noise_factor(study: Study, sites: int | None = None) -> float | None:
     if study.privacy.noise != "shared":
         return None
     return Guarantee.of(study).noise_factor(sum_of(study, sites).n)
+
+
+def exposures(guarantee: Guarantee, *, coordinates: int, sites: int | None = None) -> tuple[Exposure, ...]:
+    """Epsilon by who looks, in such a sum; nothing where noise is local, and everyone sees the same.
+
+    Raises:
+        ConfigError: 32-bit integers have no room for the study's noise.
+    """
+    study = guarantee.study
+    if study.privacy.noise != "shared" or study.train.expected_batch is None:
+        return ()
+    n = sum_of(study, sites).n
+    event = round_event(guarantee, coordinates=coordinates, sites=n)
+    return () if event is None else guarantee.exposures(event, n)
 
 
 def what_leaves(study: Study, numbers: int, sites: int | None = None) -> str:

@@ -94,7 +94,8 @@ class Task(Strict):
 class Privacy(Strict):
     """What the owner of one unit's records is promised. Every field changes it.
 
-    Neighbouring relation: add or remove one unit. A unit is all records of one person *at one site*.
+    Neighbouring relation: add or remove one unit. A unit is all records of one person *at one site*; with
+    `max_sites_per_unit` = m, the units of one person at up to m sites.
     """
 
     unit: str = "record"
@@ -104,6 +105,12 @@ class Privacy(Strict):
     """Refused where delta >= 1 / units of the smallest site, and below what accounting can resolve."""
     clip: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
     """L2 bound on one unit's gradient. Bounded, so that noise and sum are of numbers float32 holds."""
+    max_records_per_unit: Annotated[int, Field(ge=1)] | None = None
+    """Of a unit with more records at a site that many count in a step, drawn anew for each; None: all."""
+    unit_gradient: Literal["sum", "mean"] = "sum"
+    """What a unit's records that count make its gradient, before the clip."""
+    max_sites_per_unit: Annotated[int, Field(ge=1, le=100)] = 1
+    """Sites at which one person may have a unit: epsilon and delta are promised for all of these together."""
     noise: Literal["local", "shared", "none"] = "local"
     """local: each site adds all of it. shared: each adds a part, under secure aggregation.
     none: no privacy at all; sites refuse it unless their policy says otherwise."""
@@ -114,6 +121,15 @@ class Privacy(Strict):
             raise ValueError(f"noise = {self.noise!r} needs both epsilon and delta")
         if self.noise == "none" and (self.epsilon is not None or self.delta is not None):
             raise ValueError("noise = 'none' promises nothing: leave epsilon and delta out")
+        return self
+
+    @model_validator(mode="after")
+    def _records_are_of_units(self) -> Privacy:
+        if self.unit == "record" and (self.max_records_per_unit is not None or self.unit_gradient != "sum"):
+            raise ValueError(
+                "max_records_per_unit and unit_gradient are of units with many records: unit = 'record' has "
+                "one; name a column, or leave them out"
+            )
         return self
 
 
@@ -128,6 +144,11 @@ class SecureAggregation(Strict):
     """Sites that must still be there at the end of a round; of each group, where there are groups."""
     suite: Literal["LSA1", "LSA1-PQ"] = "LSA1"
     """LSA1-PQ: masks also hold against a later quantum computer; some 2.5 kB more for each pair of sites."""
+    sessions: bool = True
+    """Whether rounds resume the keys of a round before; false: fresh keys in each, at several times the cost.
+
+    Rounds in groups, which are drawn anew, have fresh keys in any case.
+    """
     deadline: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Seconds that sites have for each exchange after training."""
     group_size: Annotated[int, Field(ge=5)] | None = None
@@ -574,6 +595,13 @@ class Study(Strict):
     def id(self) -> str:
         """SHA-256 of the canonical bytes, 64 hexadecimal digits."""
         return hashlib.sha256(self.canonical).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Study) and self.id == other.id
+
+    def __hash__(self) -> int:
+        # Not of every field, each time that something is looked up by the study.
+        return hash(self.id)
 
     @property
     def score_bins(self) -> int:

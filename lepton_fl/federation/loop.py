@@ -407,7 +407,9 @@ class Federation:
         comes back, and is gone once more, would cost all the others a charged round.
         """
         if self.study.secure_aggregation.enabled:
-            sites = min(group_sizes(self.study, len(cohort) + 1))
+            # Of fewer there would be no round, which is for `_check_enough` to say.
+            least = self.study.needed(self.study.secure_aggregation.min_sites)
+            sites = min(group_sizes(self.study, max(len(cohort) + 1, least)))
             if quorum_of(self.study, sites) == sites:
                 return {}
         nodes = [n for n in self._connected(grid) if n not in cohort and self._may_return(n, number)]

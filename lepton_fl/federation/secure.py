@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import TypeAlias
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -36,16 +37,21 @@ from lepton_fl.messages import (
     update_reply,
 )
 from lepton_fl.secagg.context import Consortium, Context
-from lepton_fl.secagg.errors import Phase, SecaggError
+from lepton_fl.secagg.errors import Phase, SecaggError, SessionLost
+from lepton_fl.secagg.exchanges import Sum
 from lepton_fl.secagg.identity import Roster
-from lepton_fl.secagg.server import ServerRound, Sum
-from lepton_fl.secure_rounds import TRAIN_SUM, context_of, decode_counts, digest_of, groups_of
+from lepton_fl.secagg.server import ServerRound
+from lepton_fl.secagg.session import ServerSession
+from lepton_fl.secagg.session_server import SessionServerRound
+from lepton_fl.secure_rounds import TRAIN_SUM, context_of, decode_counts, digest_of, groups_of, resumes
 from lepton_fl.tasks.arrays import Arrays, size_of, unflatten
 
 log = logging.getLogger(__name__)
 
+_Server: TypeAlias = ServerRound | SessionServerRound
+
 ATTEMPTS = 2
-"""At one round, where a site was gone for a moment."""
+"""At one round, where a site was gone for a moment; one in a session comes before these."""
 
 
 class SecureGrid(SummingGrid):
@@ -67,6 +73,8 @@ class SecureGrid(SummingGrid):
         super().__init__(inner)
         self._consortium = consortium
         self._now = now
+        self._sessions: dict[tuple[str, str], _Sessions] = {}
+        """By run and kind."""
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -76,7 +84,13 @@ class SecureGrid(SummingGrid):
             return self.inner.send_and_receive(asked, timeout=timeout)
         consortium = self._consortium()
         expelled = _expelled(asked, consortium.roster)
-        return expelled or _SecureRound(self.inner, asked, consortium, self._now).run(timeout)
+        if expelled:
+            return expelled
+        assignment, kind = read_assignment(asked[0]), SUMS[asked[0].metadata.message_type]
+        sessions = None
+        if resumes(assignment.study, kind):
+            sessions = self._sessions.setdefault((assignment.run, kind), _Sessions())
+        return _SecureRound(self.inner, asked, consortium, self._now, sessions).run(timeout)
 
 
 def contexts_of(message: Message, roster: Roster) -> list[Context]:
@@ -144,19 +158,55 @@ def _expelled(asked: Sequence[Message], roster: Roster) -> list[Message]:
     ]
 
 
+class _Sessions:
+    """What the sites of a run can resume. After each loss they rest longer, so that cheating costs little."""
+
+    def __init__(self) -> None:
+        self._kept: ServerSession | None = None
+        self._losses = 0
+        self._rest = 0
+        """Ordinary rounds to come that leave nothing to resume."""
+
+    def server(self, context: Context, consortium: Consortium) -> _Server:
+        """For the first attempt at a round: in the session, where there is one that serves."""
+        step = None if self._kept is None else self._kept.step(context)
+        if self._kept is None or step is None:
+            return ServerRound(context, consortium)
+        return SessionServerRound(context, self._kept.id, step)
+
+    def after(self, group: _Group) -> None:
+        """An attempt is over. An ordinary one leaves what the next round resumes; a loss ends the session."""
+        server = group.server
+        if isinstance(server, ServerRound):
+            self._kept = server.session() if group.sum and not self._rest else None
+            self._rest = max(self._rest - 1, 0)
+        elif group.sum is None or group.shaken:
+            self._kept, self._rest, self._losses = None, self._losses, self._losses + 1
+
+
 @dataclass(slots=True)
 class _Group:
     """Sites whose updates become one sum."""
 
     context: Context
-    server: ServerRound
+    server: _Server
     alive: set[int] = field(default_factory=set)
     """Parties that have entered the round, and neither refused nor cheated since."""
     silent: set[int] = field(default_factory=set)
     """Of these, who did not answer in this attempt; by the next one they may be back."""
+    shaken: bool = False
+    """A site has refused to unmask: it is in no session any more."""
     sum: Sum | None = None
     lost: SecaggError | None = None
     """Why this attempt ended without a sum."""
+
+    @property
+    def may_give_up(self) -> bool:
+        """Whether a refusal ends this attempt: it is in a session, and nothing can be open yet."""
+        return isinstance(self.server, SessionServerRound) and self.server.phase in (
+            Phase.MASK,
+            Phase.CONFIRM,
+        )
 
     @property
     def may_try_again(self) -> bool:
@@ -178,7 +228,9 @@ class _SecureRound:
         asked: Sequence[Message],
         consortium: Consortium,
         now: Callable[[], datetime],
+        sessions: _Sessions | None,
     ) -> None:
+        """`sessions` where rounds of this run and kind can be resumed, which are of one group."""
         self._inner = inner
         self._asked = {message.metadata.dst_node_id: message for message in asked}
         self._consortium = consortium
@@ -188,17 +240,25 @@ class _SecureRound:
         self._deadline = self._assignment.study.secure_aggregation.deadline
         self._errors: dict[int, Message] = {}
         """What a site gave in place of its part."""
+        self._sessions = sessions
         self._groups = [
-            _Group(context, ServerRound(context, consortium))
+            _Group(
+                context,
+                sessions.server(context, consortium) if sessions else ServerRound(context, consortium),
+            )
             for context in contexts_of(asked[0], consortium.roster)
         ]
         self._of = {party: group for group in self._groups for party in group.context.cohort.parties}
 
     def run(self, timeout: float | None) -> list[Message]:
         """A reply for each group with a sum, and one for each site that gave none and said why."""
-        ask(self._asked.values(), self._request(1))
+        request, attempts = self._request(1), ATTEMPTS
+        resumed = self._groups[0].server
+        if isinstance(resumed, SessionServerRound):
+            request, attempts = replace(request, session=resumed.session, step=resumed.step), ATTEMPTS + 1
+        ask(self._asked.values(), request)
         self._attempt(self._groups, list(self._asked.values()), timeout)
-        for number in range(2, ATTEMPTS + 1):
+        for number in range(2, attempts + 1):
             again = [group for group in self._groups if group.may_try_again]
             if not again:
                 break
@@ -217,27 +277,35 @@ class _SecureRound:
     ) -> None:
         now = self._now()
 
-        def advertised(server: ServerRound, party: int, reply: Message) -> None:
-            server.advertised(party, read_secure_reply(reply)[0], now)
+        def advertised(server: _Server, party: int, reply: Message) -> None:
             self._of[party].alive.add(party)
+            body, _ = read_secure_reply(reply)
+            if isinstance(server, SessionServerRound):
+                server.advertised(party, body)
+            else:
+                server.advertised(party, body, now)
 
-        def shared(server: ServerRound, party: int, reply: Message) -> None:
-            server.shared(party, read_secure_reply(reply)[0])
+        def share_requests(server: _Server) -> dict[int, bytes]:
+            return server.share_requests() if isinstance(server, ServerRound) else {}
 
-        def masked(server: ServerRound, party: int, reply: Message) -> None:
+        def shared(server: _Server, party: int, reply: Message) -> None:
+            if isinstance(server, ServerRound):
+                server.shared(party, read_secure_reply(reply)[0])
+
+        def masked(server: _Server, party: int, reply: Message) -> None:
             server.masked(party, *read_secure_reply(reply, masked=True))
 
-        def confirmed(server: ServerRound, party: int, reply: Message) -> None:
+        def confirmed(server: _Server, party: int, reply: Message) -> None:
             server.confirmed(party, read_secure_reply(reply)[0])
 
-        def unmasked(server: ServerRound, party: int, reply: Message) -> None:
+        def unmasked(server: _Server, party: int, reply: Message) -> None:
             server.unmasked(party, read_secure_reply(reply)[0])
 
         self._exchange(first, timeout or self._deadline, advertised)
-        self._phase(groups, Phase.SHARE, ServerRound.share_requests, shared)
-        self._phase(groups, Phase.MASK, ServerRound.mask_requests, masked)
-        self._phase(groups, Phase.CONFIRM, ServerRound.confirm_requests, confirmed)
-        self._phase(groups, Phase.UNMASK, ServerRound.unmask_requests, unmasked)
+        self._phase(groups, Phase.SHARE, share_requests, shared)
+        self._phase(groups, Phase.MASK, lambda server: server.mask_requests(), masked)
+        self._phase(groups, Phase.CONFIRM, lambda server: server.confirm_requests(), confirmed)
+        self._phase(groups, Phase.UNMASK, lambda server: server.unmask_requests(), unmasked)
         for group in groups:
             if group.lost is None:
                 try:
@@ -252,13 +320,15 @@ class _SecureRound:
                         holders,
                         dealer,
                     )
+            if self._sessions is not None:
+                self._sessions.after(group)
 
     def _phase(
         self,
         groups: Sequence[_Group],
         phase: Phase,
-        requests: Callable[[ServerRound], dict[int, bytes]],
-        take: Callable[[ServerRound, int, Message], None],
+        requests: Callable[[_Server], dict[int, bytes]],
+        take: Callable[[_Server, int, Message], None],
     ) -> None:
         """End what was before, and make the exchange of `phase`."""
         contents: dict[int, RecordDict] = {}
@@ -276,23 +346,32 @@ class _SecureRound:
                 for body in set(bodies.values())
             }
             contents |= {party: made[body] for party, body in bodies.items()}
-        self._exchange(self._messages(phase, contents), self._deadline, take)
+        if contents:
+            self._exchange(self._messages(phase, contents), self._deadline, take)
 
     def _exchange(
         self,
         messages: Sequence[Message],
         timeout: float,
-        take: Callable[[ServerRound, int, Message], None],
+        take: Callable[[_Server, int, Message], None],
     ) -> None:
         silent = {message.metadata.dst_node_id for message in messages}
         for reply in replies_of(self._inner, messages, timeout):
             party = reply.metadata.src_node_id
             silent.remove(party)
+            group = self._of[party]
             if reply.has_error():
+                if group.may_give_up:
+                    message = f"party {party} refuses: {refusal_reason(reply)}"
+                    self._lose(group, SessionLost(message, phase=group.server.phase))
+                    continue
+                group.shaken = group.server.phase is Phase.UNMASK
                 self._leave_out(party, self._excuse(reply))
                 continue
             try:
-                take(self._of[party].server, party, reply)
+                take(group.server, party, reply)
+            except SessionLost as error:
+                self._lose(group, error)
             except ProtocolError as error:
                 log.warning("round %d: party %d: %s", self._assignment.round, party, error)
                 self._accuse(party, error)

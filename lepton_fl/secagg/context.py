@@ -6,7 +6,7 @@ import functools
 import hashlib
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
@@ -261,10 +261,10 @@ class Consortium:
 
     root_key: bytes
     roster: Roster
-
-    def __post_init__(self) -> None:
-        # Verified certificates by their bytes: rounds are many, members few.
-        object.__setattr__(self, "_known", {})
+    _known: dict[bytes, IdentityCertificate] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Verified certificates by their bytes: rounds are many, members few."""
 
     def certificate(self, signed: bytes, *, phase: Phase, now: datetime) -> IdentityCertificate:
         """The certificate of a present member.
@@ -272,8 +272,7 @@ class Consortium:
         Raises:
             BadCertificate: it is not.
         """
-        known: dict[bytes, IdentityCertificate] = self._known  # type: ignore[attr-defined]
-        certificate = known.get(signed)
+        certificate = self._known.get(signed)
         if certificate is not None and certificate.not_before <= now.timestamp() < certificate.not_after:
             return certificate
         party = None
@@ -283,7 +282,7 @@ class Consortium:
             certificate.check(self.roster, now)
         except (VerificationFailed, IdentityRefused) as error:
             raise BadCertificate(error.message, phase=phase, culprit=party) from None
-        known[signed] = certificate
+        self._known[signed] = certificate
         return certificate
 
 
@@ -351,7 +350,14 @@ def begin(context: Context, history: History) -> None:
 
 
 def release(context: Context, history: History) -> None:
-    """Remember that this site's part of the sum leaves; before it does."""
+    """Remember that this site's part of the sum leaves; before it does.
+
+    Raises:
+        BadPhase: this is not the attempt that the site is in, or it has released in the round.
+    """
+    last = history.read(context.run, context.kind, context.round)
+    if last is None or last.released or last.number != context.attempt:
+        raise BadPhase("this attempt is not the last, or is released", phase=Phase.UNMASK, culprit=SERVER)
     history.write(_attempt(context, released=True))
 
 

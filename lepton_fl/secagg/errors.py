@@ -12,6 +12,7 @@
         ├── BadPayload              5    malformed, misrouted or altered
         ├── BadShare                5    a share, or what shares add up to, is not what was committed to
         ├── OtherRoster             5    a party goes by another version of the roster
+        ├── SessionLost             5    the session cannot serve the attempt; an ordinary one follows
         ├── TooFewParticipants      6    below the threshold; a new attempt may follow
         └── SumOutOfRange           5    the sum is none of encoded updates
 
@@ -91,6 +92,12 @@ class BadShare(SecaggError):
 
 class OtherRoster(SecaggError):
     """The server goes by another version of the roster than the site; the newer one is on its way."""
+
+    retry = True
+
+
+class SessionLost(SecaggError):
+    """A session attempt cannot go on. Nothing was opened; an ordinary one may follow, and names cheats."""
 
     retry = True
 

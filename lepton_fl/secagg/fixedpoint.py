@@ -1,11 +1,12 @@
 """Fixed point: real updates as integers mod 2^32 whose sum is the sum of what they stand for.
 
-L = coordinates of an update.
+K = updates, L = coordinates of each.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import BadReply, VerificationFailed
-from lepton_fl.secagg.masks import Words, keystream
+from lepton_fl.secagg.masks import Keystream, Words
 
 LIMBS = 4
 _LIMB_BITS = 16
@@ -106,25 +107,43 @@ class Quantiser:
             BadReply: a coordinate is not finite, or the weight is not a whole number in 1 ... max_weight.
             ValueError: the vector is not one-dimensional float32 or float64.
         """
-        if vector_L.dtype not in (np.float32, np.float64) or vector_L.ndim != 1:
+        encoded_1L = self.encode_each(vector_L[np.newaxis], weight=weight, rounding_keys=[rounding_key])
+        return encoded_1L.reshape(-1)
+
+    def encode_each(self, vector_KL: Update, *, weight: int, rounding_keys: Sequence[bytes]) -> Words:
+        """Rows as `encode` encodes each of them under its key; all together, which is faster.
+
+        Raises:
+            BadReply: as `encode`.
+            ValueError: as `encode`.
+        """
+        if vector_KL.dtype not in (np.float32, np.float64) or vector_KL.ndim != 2:
             raise ValueError(
-                f"an update is one-dimensional float32 or float64, not {vector_L.ndim}-d {vector_L.dtype}"
+                "an update is one-dimensional float32 or float64, "
+                f"not {vector_KL.ndim - 1}-d {vector_KL.dtype}"
             )
         weight = self._checked(weight)
         bound = float(Fraction(self.half * weight, self.max_weight))
         scale = float(Fraction(self.half * weight) / (Fraction(self.clip) * self.max_weight))
-        encoded_L: Words = np.empty(len(vector_L), np.uint32)
-        for at in range(0, len(vector_L), _TILE):
-            part_T = vector_L[at : at + _TILE]
-            if not np.isfinite(part_T).all():
-                raise BadReply("an update has a coordinate that is not finite")
-            exact_T = np.clip(part_T * np.float64(scale), -bound, bound)
-            below_T = np.floor(exact_T)
-            word_T = keystream(rounding_key, start=at, count=len(part_T))
-            # floor(v + u), in an order that rounds nothing: adding u first would push 2^26 - 1 + u up.
-            up_T = word_T < (exact_T - below_T) * 2.0**32
-            encoded_L[at : at + _TILE] = (below_T.astype(np.int32) + up_T).view(np.uint32)
-        return encoded_L
+        rows, coordinates = vector_KL.shape
+        streams = [Keystream(key) for key in rounding_keys]
+        encoded_KL: Words = np.empty((rows, coordinates), np.uint32)
+        at_once = max(1, _TILE // max(coordinates, 1))
+        for first in range(0, rows, at_once):
+            row = slice(first, first + at_once)
+            for at in range(0, coordinates, _TILE):
+                part_KT = vector_KL[row, at : at + _TILE]
+                if not np.isfinite(part_KT).all():
+                    raise BadReply("an update has a coordinate that is not finite")
+                exact_KT = np.clip(part_KT * np.float64(scale), -bound, bound)
+                below_KT = np.floor(exact_KT)
+                word_KT = np.empty(part_KT.shape, np.uint32)
+                for stream, word_T in zip(streams[row], word_KT, strict=True):
+                    stream.fill(word_T, start=at)
+                # floor(v + u), in an order that rounds nothing: adding u first would push 2^26 - 1 + u up.
+                up_KT = word_KT < (exact_KT - below_KT) * 2.0**32
+                encoded_KL[row, at : at + _TILE] = (below_KT.astype(np.int32) + up_KT).view(np.uint32)
+        return encoded_KL
 
     def decode(self, sum_L: Words, *, n: int, total_weight: int) -> NDArray[np.float64]:
         """The weighted mean of the clipped updates of `n` sites, from the sum of their encodings.

@@ -179,6 +179,10 @@ class Roster:
     signed: bytes = field(repr=False)
     """What travels and is stored."""
 
+    def __hash__(self) -> int:
+        # Not of every member, each time that something is looked up by the roster.
+        return hash(self.signed)
+
     @classmethod
     def issue(
         cls,

@@ -33,7 +33,7 @@ KEY_BYTES = 32
 
 _X25519_BYTES = 32
 _KEM_CIPHERTEXT_BYTES = 1088
-_NONCE = bytes(12)
+NONCE_BYTES = 12
 
 
 class Suite(StrEnum):
@@ -55,8 +55,8 @@ def kdf(ikm: bytes, salt: bytes, *labels: Value) -> bytes:
 class OneTimeKey:
     """A ChaCha20-Poly1305 key (RFC 8439) for one box: for sealing it at one end or opening it at the other.
 
-    Its nonce is always 0, so a key that sealed twice would give both plaintexts away. Derive it with a
-    label for the direction, and from keys that are fresh each time.
+    Its nonce is 0 where none is given, so a key that sealed twice would give both plaintexts away. Derive it
+    with a label for the direction, and from keys that are fresh each time.
     """
 
     __slots__ = ("_key",)
@@ -64,15 +64,15 @@ class OneTimeKey:
     def __init__(self, key: bytes) -> None:
         self._key: bytes | None = key
 
-    def seal(self, plaintext: bytes, aad: bytes) -> bytes:
+    def seal(self, plaintext: bytes, aad: bytes, *, nonce: bytes = bytes(NONCE_BYTES)) -> bytes:
         """The box, 16 bytes longer than the plaintext.
 
         Raises:
             RuntimeError: the key has been used.
         """
-        return self._spend().encrypt(_NONCE, plaintext, aad)
+        return self._spend().encrypt(nonce, plaintext, aad)
 
-    def open(self, box: bytes, aad: bytes) -> bytes:
+    def open(self, box: bytes, aad: bytes, *, nonce: bytes = bytes(NONCE_BYTES)) -> bytes:
         """What was sealed into the box.
 
         Raises:
@@ -80,7 +80,7 @@ class OneTimeKey:
             RuntimeError: the key has been used.
         """
         try:
-            return self._spend().decrypt(_NONCE, box, aad)
+            return self._spend().decrypt(nonce, box, aad)
         except InvalidTag:
             raise VerificationFailed("a box does not open: not its key, or not as it was sealed") from None
 

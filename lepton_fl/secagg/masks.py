@@ -9,6 +9,7 @@ L = coordinates of a vector.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
@@ -25,6 +26,7 @@ TILE = 1 << 15
 
 _WORD = 4
 _BLOCK = 16
+_ZEROS = bytes(_WORD * TILE)
 
 
 def apply(
@@ -73,6 +75,27 @@ def apply(
         done.result()
 
 
+class Keystream:
+    """Any parts of one key's mask, in any order: making the cipher takes longer than many a part."""
+
+    def __init__(self, key: bytes) -> None:
+        """Raises ValueError: the key is not 32 bytes."""
+        self._cipher = _cipher(key)
+
+    def fill(self, out_L: Words, *, start: int = 0) -> None:
+        """Overwrite `out_L`, contiguous, with words `start`, `start + 1`, ... of the mask.
+
+        Raises:
+            ValueError: `start` is negative.
+        """
+        _seek(self._cipher, start)
+        for at in range(0, len(out_L), TILE):
+            part_T = out_L[at : at + TILE]
+            self._cipher.update_into(memoryview(_ZEROS)[: part_T.nbytes], part_T.view(np.uint8).data)
+        if sys.byteorder == "big":
+            out_L.byteswap(inplace=True)
+
+
 def keystream(key: bytes, *, start: int = 0, count: int) -> Words:
     """Words `start` to `start + count` of the key's mask.
 
@@ -81,13 +104,15 @@ def keystream(key: bytes, *, start: int = 0, count: int) -> Words:
     """
     if count < 0:
         raise ValueError(f"count = {count}: not negative")
-    words_L = np.zeros(count, np.uint32)
-    apply(words_L, [(1, key)], start=start)
+    words_L: Words = np.empty(count, np.uint32)
+    Keystream(key).fill(words_L, start=start)
     return words_L
 
 
 def _apply(vector_L: Words, keys: Sequence[tuple[int, bytes]], start: int, tile: int) -> None:
-    streams = [(np.add if sign == 1 else np.subtract, _seek(key, start)) for sign, key in keys]
+    streams = [(np.add if sign == 1 else np.subtract, _cipher(key)) for sign, key in keys]
+    for _, stream in streams:
+        _seek(stream, start)
     tile = min(tile, len(vector_L))
     zeros = bytes(_WORD * tile)
     mask = bytearray(_WORD * tile)
@@ -101,14 +126,17 @@ def _apply(vector_L: Words, keys: Sequence[tuple[int, bytes]], start: int, tile:
             combine(part_T, words_T[:size], out=part_T)
 
 
-def _seek(key: bytes, start: int) -> CipherContext:
-    """The key's keystream from word `start` on."""
+def _cipher(key: bytes) -> CipherContext:
     if len(key) != KEY_BYTES:
         raise ValueError(f"a mask's key is {KEY_BYTES} bytes, not {len(key)}")
+    return Cipher(algorithms.AES(key), modes.CTR(bytes(_BLOCK))).encryptor()
+
+
+def _seek(cipher: CipherContext, start: int) -> None:
+    """Have the cipher go on with word `start` of its key's mask."""
     if start < 0:
         raise ValueError(f"start = {start}: not negative")
     block, offset = divmod(_WORD * start, _BLOCK)
-    counter = block.to_bytes(_BLOCK, "big")
-    stream = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
-    stream.update(bytes(offset))
-    return stream
+    cipher.reset_nonce(block.to_bytes(_BLOCK, "big"))
+    if offset:
+        cipher.update(bytes(offset))

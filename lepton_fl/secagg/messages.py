@@ -47,14 +47,14 @@ def unpack(data: bytes) -> Parties:
     return parties
 
 
-def _read(data: bytes, suite: Suite, name: str, *types: type) -> tuple[Any, ...]:
+def read(data: bytes, suite: Suite, name: str, *types: type) -> tuple[Any, ...]:
     found_suite, found_name, *fields = decode(data, str, str, *types)
     if (found_suite, found_name) != (suite, name):
         raise VerificationFailed(f"a message `{name}` of {suite} was due")
     return tuple(fields)
 
 
-def _sized(**lengths: tuple[bytes, int]) -> None:
+def sized(**lengths: tuple[bytes, int]) -> None:
     for name, (value, length) in lengths.items():
         if len(value) != length:
             raise VerificationFailed(f"{name} has {len(value)} bytes, not {length}")
@@ -93,8 +93,8 @@ class Advert:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Advert:
-        certificate, context, channel, mask, nonce, signature = _read(data, suite, "advert", *[bytes] * 6)
-        _sized(
+        certificate, context, channel, mask, nonce, signature = read(data, suite, "advert", *[bytes] * 6)
+        sized(
             context=(context, DIGEST_BYTES),
             channel=(channel, PUBLIC_BYTES[suite]),
             mask=(mask, PUBLIC_BYTES[suite]),
@@ -134,17 +134,17 @@ class Roll:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Roll:
-        packed, digests, adverts = _read(data, suite, "roll", bytes, bytes, tuple)
+        packed, digests, adverts = read(data, suite, "roll", bytes, bytes, tuple)
         parties = unpack(packed)
-        _sized(digests=(digests, DIGEST_BYTES * len(parties)))
+        sized(digests=(digests, DIGEST_BYTES * len(parties)))
         return cls(
             parties=parties,
-            digests=_cut(digests, DIGEST_BYTES),
+            digests=cut(digests, DIGEST_BYTES),
             adverts=shaped(adverts, *[bytes] * len(adverts)),
         )
 
 
-def _cut(data: bytes, size: int) -> tuple[bytes, ...]:
+def cut(data: bytes, size: int) -> tuple[bytes, ...]:
     return tuple(data[at : at + size] for at in range(0, len(data), size))
 
 
@@ -195,7 +195,7 @@ class Envelope:
         box, commitments, channel_offer, mask_offer, signature = shaped(fields, *[bytes] * 5)
         # For whom there have to be shares follows from the graph, which the reader has.
         shares = 2 * SECRET_BYTES if commitments else 0
-        _sized(
+        sized(
             box=(box, shares + BOX_TAG_BYTES),
             commitments=(commitments, 2 * DIGEST_BYTES if shares else 0),
             signature=(signature, SIGNATURE_BYTES),
@@ -225,8 +225,8 @@ class Shares:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Shares:
-        seed, own, envelopes = _read(data, suite, "shares", bytes, bytes, tuple)
-        _sized(seed=(seed, DIGEST_BYTES), own=(own, 2 * DIGEST_BYTES))
+        seed, own, envelopes = read(data, suite, "shares", bytes, bytes, tuple)
+        sized(seed=(seed, DIGEST_BYTES), own=(own, 2 * DIGEST_BYTES))
         return cls(seed=seed, own=own, envelopes=tuple(map(Envelope.of, envelopes)))
 
 
@@ -244,13 +244,13 @@ class Post:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Post:
-        packed, seeds, envelopes = _read(data, suite, "post", bytes, bytes, tuple)
+        packed, seeds, envelopes = read(data, suite, "post", bytes, bytes, tuple)
         senders = unpack(packed)
-        _sized(seeds=(seeds, DIGEST_BYTES * len(senders)))
+        sized(seeds=(seeds, DIGEST_BYTES * len(senders)))
         if len(envelopes) != len(senders):
             raise VerificationFailed(f"{len(envelopes)} envelopes of {len(senders)} senders")
         return cls(
-            senders=senders, seeds=_cut(seeds, DIGEST_BYTES), envelopes=tuple(map(Envelope.of, envelopes))
+            senders=senders, seeds=cut(seeds, DIGEST_BYTES), envelopes=tuple(map(Envelope.of, envelopes))
         )
 
 
@@ -296,8 +296,8 @@ class Header:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Header:
-        digest, bad, signature = _read(data, suite, "masked", bytes, bytes, bytes)
-        _sized(digest=(digest, DIGEST_BYTES), signature=(signature, SIGNATURE_BYTES))
+        digest, bad, signature = read(data, suite, "masked", bytes, bytes, bytes)
+        sized(digest=(digest, DIGEST_BYTES), signature=(signature, SIGNATURE_BYTES))
         return cls(digest=digest, bad=unpack(bad), signature=signature)
 
 
@@ -328,7 +328,7 @@ class Survivors:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Survivors:
-        (packed,) = _read(data, suite, "survivors", bytes)
+        (packed,) = read(data, suite, "survivors", bytes)
         return cls(unpack(packed))
 
     def digest(self, suite: Suite) -> bytes:
@@ -358,8 +358,8 @@ class Confirm:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Confirm:
-        (signature,) = _read(data, suite, "confirm", bytes)
-        _sized(signature=(signature, SIGNATURE_BYTES))
+        (signature,) = read(data, suite, "confirm", bytes)
+        sized(signature=(signature, SIGNATURE_BYTES))
         return cls(signature)
 
 
@@ -375,10 +375,10 @@ class Confirmed:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Confirmed:
-        packed, signatures = _read(data, suite, "confirmed", bytes, bytes)
+        packed, signatures = read(data, suite, "confirmed", bytes, bytes)
         parties = unpack(packed)
-        _sized(confirmations=(signatures, SIGNATURE_BYTES * len(parties)))
-        return cls(parties=parties, confirms=tuple(map(Confirm, _cut(signatures, SIGNATURE_BYTES))))
+        sized(confirmations=(signatures, SIGNATURE_BYTES * len(parties)))
+        return cls(parties=parties, confirms=tuple(map(Confirm, cut(signatures, SIGNATURE_BYTES))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,23 +422,23 @@ class Unmask:
 
     @classmethod
     def decode(cls, suite: Suite, data: bytes) -> Unmask:
-        shares, signature = _read(data, suite, "unmask", bytes, bytes)
-        _sized(
+        shares, signature = read(data, suite, "unmask", bytes, bytes)
+        sized(
             shares=(shares, len(shares) // SECRET_BYTES * SECRET_BYTES),
             signature=(signature, SIGNATURE_BYTES),
         )
-        return cls(shares=_cut(shares, SECRET_BYTES), signature=signature)
+        return cls(shares=cut(shares, SECRET_BYTES), signature=signature)
 
 
 def well_formed(
-    read: Callable[[Suite, bytes], Form], suite: Suite, data: bytes, phase: Phase, sender: int
+    decode: Callable[[Suite, bytes], Form], suite: Suite, data: bytes, phase: Phase, sender: int
 ) -> Form:
-    """`read(suite, data)`, whose form is the sender's fault.
+    """`decode(suite, data)`, whose form is the sender's fault.
 
     Raises:
         BadPayload: it is malformed.
     """
     try:
-        return read(suite, data)
+        return decode(suite, data)
     except VerificationFailed as error:
         raise BadPayload(error.message, phase=phase, culprit=sender) from None

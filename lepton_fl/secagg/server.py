@@ -1,4 +1,4 @@
-"""The server's side of one attempt of one round: what sites send goes in, requests and the sum come out.
+"""The server's side of an ordinary attempt: what sites send goes in, requests and the sum come out.
 
 Pure, as the sites' side. A reply that is not what it should be raises, naming its sender, and changes
 nothing: the caller notes who it was and goes on without that site.
@@ -14,10 +14,8 @@ from datetime import datetime
 from typing import TypeVarTuple, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lepton_fl.errors import VerificationFailed
-from lepton_fl.secagg import masks, shamir
 from lepton_fl.secagg.context import DIGEST_BYTES, Consortium, Context
 from lepton_fl.secagg.derivation import (
     mask_sign,
@@ -25,17 +23,14 @@ from lepton_fl.secagg.derivation import (
     seed_commitment,
     self_mask,
     share_commitment,
-    words_digest,
 )
 from lepton_fl.secagg.errors import (
     BadPayload,
     BadPhase,
-    BadShare,
     BadSignature,
     Phase,
-    SumOutOfRange,
-    TooFewParticipants,
 )
+from lepton_fl.secagg.exchanges import ServerAttempt, Sum
 from lepton_fl.secagg.keys import SEED_BYTES, ChannelKey, MaskKey, Suite
 from lepton_fl.secagg.masks import Words
 from lepton_fl.secagg.messages import (
@@ -48,11 +43,11 @@ from lepton_fl.secagg.messages import (
     Post,
     Roll,
     Shares,
-    Survivors,
     Unmask,
     advert_digest,
     well_formed,
 )
+from lepton_fl.secagg.session import ServerSession
 
 Expected = TypeVarTuple("Expected")
 
@@ -76,54 +71,25 @@ class _Party:
     confirm: Confirm | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sum:
-    """What a round is for."""
+class ServerRound(ServerAttempt):
+    """A server in an ordinary attempt.
 
-    mean_L: NDArray[np.float64]
-    """Weighted mean of the clipped updates."""
-    survivors: Parties
-    """Whose updates are in it."""
-    total_weight: int
-    accused: Mapping[int, Parties]
-    """Dealers whose shares their holders found bad, and those holders. One of the two is at fault."""
+    `advertised` and `share_requests`, `shared` and `mask_requests`, `masked` and `confirm_requests`,
+    `confirmed` and `unmask_requests`, `unmasked` and `result`.
 
-
-class ServerRound:
-    """A server in one attempt of one round.
-
-    In each phase: one call for each reply as it arrives, then the call that ends the phase and returns the
-    next request to each site: `advertised` and `share_requests`, `shared` and `mask_requests`, `masked` and
-    `confirm_requests`, `confirmed` and `unmask_requests`, `unmasked` and `result`. A site that does not
-    reply in time is left out by not calling; the same reply again is ignored.
-
-    Guarantee: with honest sites, of which as many as the quorum reply in every phase, `result` is the sum
-    over the survivors, or an error that names who cheated, where a signature shows it. Memory: one vector.
-
-    Raises (each call for a reply): BadPhase out of order, or for another reply than before; BadPayload,
-    BadCertificate, BadSignature with the sender as the culprit. Nothing is changed by a reply refused.
-    Raises (each call that ends a phase): TooFewParticipants: below the quorum.
+    Who cheats is named where a signature shows it.
     """
 
+    _order = tuple(Phase)
+
     def __init__(self, context: Context, consortium: Consortium) -> None:
-        self.context = context
-        self.phase = Phase.ADVERTISE
-        self._suite = context.suite
+        super().__init__(context)
         self._graph = context.cohort.graph
         self._consortium = consortium
         self._parties: dict[int, _Party] = {}
         self._keys: set[bytes] = set()
-        self._replies: dict[tuple[Phase, int], bytes] = {}
-        self._r1 = b""
         self._sharers: Parties = ()
         """U2."""
-        self._survivors = Survivors(())
-        """U3."""
-        self._alive: frozenset[int] = frozenset()
-        """The same."""
-        self._total: Words = np.zeros(context.words, np.uint32)
-        self._opened: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
-        """Valid shares: dealer, then holder."""
 
     # Advertise
 
@@ -220,12 +186,9 @@ class ServerRound:
         if state.shares is None:
             raise BadPhase("a masked vector without shares before", phase=Phase.MASK, culprit=party)
         read = well_formed(Header.decode, self._suite, header, Phase.MASK, party)
-        length = self.context.words
-        if words.dtype != np.dtype("<u4") or words.shape != (length,):
-            raise BadPayload(f"a vector that is not {length} words", phase=Phase.MASK, culprit=party)
-        self._signed(party, read.verify, self._suite, state.key, self._r1, party, length)
-        if not hmac.compare_digest(words_digest(words), read.digest):
-            raise BadPayload("a vector that is not the one signed", phase=Phase.MASK, culprit=party)
+        self._check_length(party, words)
+        self._signed(party, read.verify, self._suite, state.key, self._r1, party, len(words))
+        self._check_digest(party, words, read.digest)
         if not set(read.bad) <= set(self._post(party).senders):
             raise BadPayload("it accuses who sent it nothing", phase=Phase.MASK, culprit=party)
         np.add(self._total, words, out=self._total)
@@ -234,11 +197,7 @@ class ServerRound:
 
     def confirm_requests(self) -> dict[int, bytes]:
         """No more vectors: U3 is fixed. `Survivors` for each of them."""
-        survivors = tuple(p for p in self._sharers if (Phase.MASK, p) in self._replies)
-        self._next(Phase.MASK, len(survivors), "masked vectors")
-        self._survivors = Survivors(survivors)
-        self._alive = frozenset(survivors)
-        return dict.fromkeys(survivors, self._survivors.encode(self._suite))
+        return self._survived(self._sharers)
 
     # Confirm
 
@@ -285,15 +244,13 @@ class ServerRound:
             )
         self._signed(party, unmask.verify, suite, state.key, self._r1, party, self._survivors)
         self._replies[Phase.UNMASK, party] = reply
-        wrong = []
-        for dealer, share in zip(held, unmask.shares, strict=True):
+
+        def good(dealer: int, share: bytes) -> bool:
             tag, committed = self._committed(dealer, party)
-            if hmac.compare_digest(share_commitment(suite, tag, self._r1, dealer, party, share), committed):
-                self._opened[dealer][party] = share
-            else:
-                wrong.append(dealer)
-        if wrong:
-            raise BadShare(f"wrong shares of the secrets of {wrong}", phase=Phase.UNMASK, culprit=party)
+            found = share_commitment(suite, tag, self._r1, dealer, party, share)
+            return hmac.compare_digest(found, committed)
+
+        self._keep(party, held, unmask.shares, good)
 
     def _deals(self, dealer: int, holder: int) -> bool:
         state = self._parties[dealer]
@@ -320,17 +277,13 @@ class ServerRound:
         """
         self._due(Phase.UNMASK)
         self.phase = Phase.OVER
-        masks.apply(self._total, self._remaining(), threads=threads)
-        context, n = self.context, len(self._survivors.parties)
-        words, limbs = self._total[: context.coordinates], self._total[context.coordinates :]
-        try:
-            weight = context.quantiser.total_weight(limbs, n=n) if context.weighted else n
-            mean = context.quantiser.decode(words, n=n, total_weight=weight)
-        except VerificationFailed as error:
-            raise SumOutOfRange(error.message, phase=Phase.UNMASK) from None
-        return Sum(
-            mean_L=mean, survivors=self._survivors.parties, total_weight=weight, accused=self._accused()
-        )
+        return self._read_sum(self._remaining(), self._accused(), threads)
+
+    def session(self) -> ServerSession | None:
+        """After the sum: what the sites that released can resume, where they can."""
+        if not self._graph.complete or self._accused():
+            return None
+        return ServerSession(self.context, self._r1, self._survivors.parties, self.released)
 
     def _remaining(self) -> list[tuple[int, bytes]]:
         """Keys of the masks in the total, with the signs that take them out."""
@@ -338,7 +291,9 @@ class ServerRound:
         keys = []
         for dealer in self._sharers:
             state = self._parties[dealer]
-            secret = self._rebuild(dealer)
+            secret = self._rebuild(
+                dealer, state.holders, self._graph.threshold, self._accused().get(dealer, ())
+            )
             if dealer in alive:
                 found = seed_commitment(suite, r1, dealer, secret)
                 self._rebuilt(dealer, found, _there(state.shares).seed)
@@ -358,27 +313,6 @@ class ServerRound:
                 keys.append((-mask_sign(peer, dealer), mask))
         return keys
 
-    def _rebuild(self, dealer: int) -> bytes:
-        holders, threshold = self._parties[dealer].holders, self._graph.threshold
-        shares = self._opened[dealer]
-        if len(shares) < threshold:
-            accusers = self._accused().get(dealer, ())
-            message = f"{len(shares)} shares of the secret of party {dealer}, {threshold} are needed"
-            if len(shares) + len(accusers) >= threshold:
-                message += f"; {len(accusers)} holders found theirs bad"
-                raise BadShare(message, phase=Phase.UNMASK, culprit=dealer)
-            raise TooFewParticipants(message, phase=Phase.UNMASK)
-        # The lowest, so that most dealers have the same ones and Lagrange's coefficients are made once.
-        by_x = {1 + holders.index(holder): share for holder, share in shares.items()}
-        chosen = {x: by_x[x] for x in sorted(by_x)[:threshold]}
-        return shamir.reconstruct(chosen, parties=len(holders))
-
-    def _rebuilt(self, dealer: int, found: bytes, committed: bytes) -> None:
-        if not hmac.compare_digest(found, committed):
-            raise BadShare(
-                "its shares rebuild another secret than it committed to", phase=Phase.UNMASK, culprit=dealer
-            )
-
     def _accused(self) -> dict[int, Parties]:
         accused: defaultdict[int, list[int]] = defaultdict(list)
         for party in self._survivors.parties:
@@ -386,35 +320,13 @@ class ServerRound:
                 accused[dealer].append(party)
         return {dealer: tuple(by) for dealer, by in accused.items()}
 
-    # What is the same in all phases
-
-    def _due(self, phase: Phase) -> None:
-        if phase is not self.phase:
-            raise BadPhase(f"the server is in phase {self.phase}", phase=phase)
-
-    def _seen(self, phase: Phase, party: int, reply: bytes) -> bool:
-        """Whether this reply is there already.
-
-        Raises:
-            BadPhase: another one is, or the phase is not this one.
-        """
-        earlier = self._replies.get((phase, party))
-        if earlier is not None:
-            if earlier != reply:
-                raise BadPhase("another reply in a phase that was answered", phase=phase, culprit=party)
-            return True
-        if phase is not self.phase:
-            raise BadPhase(f"a reply when the server is in phase {self.phase}", phase=phase, culprit=party)
-        return False
-
     def _known(self, party: int) -> _Party:
         if party not in self._parties:
             raise BadPhase("a reply without an advert before", phase=self.phase, culprit=party)
         return self._parties[party]
 
     def _survivor(self, phase: Phase, party: int) -> _Party:
-        if party not in self._alive:
-            raise BadPhase("a reply of a party that is no survivor", phase=phase, culprit=party)
+        self._check_survivor(phase, party)
         return self._parties[party]
 
     def _signed(self, party: int, verify: Callable[[Unpack[Expected]], None], *expected: *Expected) -> None:
@@ -422,14 +334,6 @@ class ServerRound:
             verify(*expected)
         except VerificationFailed as error:
             raise BadSignature(error.message, phase=self.phase, culprit=party) from None
-
-    def _next(self, phase: Phase, found: int, what: str, needed: int | None = None) -> None:
-        self._due(phase)
-        needed = self.context.cohort.quorum if needed is None else needed
-        if found < needed:
-            raise TooFewParticipants(f"{found} {what}, at least {needed} are needed", phase=phase)
-        following = list(Phase)
-        self.phase = following[following.index(phase) + 1]
 
 
 def _there(shares: Shares | None) -> Shares:

@@ -8,7 +8,7 @@ The fields' polynomials are the first irreducible ones of their degree in the us
 then lowest exponents (Seroussi, HPL-98-135): x^8 + x^4 + x^3 + x + 1, which is AES's, and
 x^16 + x^5 + x^3 + x + 1. GF(2^8) shares are those of draft-mcgrew-tss-03.
 
-S = symbols of a secret, T = shares that are put together, N = shares that are dealt.
+S = symbols of a secret, T = the threshold, N = shares that are dealt.
 """
 
 from __future__ import annotations
@@ -100,11 +100,9 @@ def deal(secret: bytes, *, threshold: int, xs: Sequence[int], random: Callable[[
     coefficients_TS = np.stack(
         [field.symbols(secret), *(field.symbols(random(len(secret))) for _ in range(threshold - 1))]
     )
-    x_N1 = np.array(xs, field.dtype)[:, None]
-    share_NS: Symbols = np.zeros((len(xs), coefficients_TS.shape[1]), field.dtype)
-    for coefficient_S in coefficients_TS[::-1]:  # Horner
-        share_NS = field.product(x_N1, share_NS) ^ coefficient_S
-    return [share_S.tobytes() for share_S in share_NS]
+    powers_NT = _powers(field, tuple(xs), threshold)
+    terms_NTS = field.product(coefficients_TS, powers_NT[:, :, None])
+    return [share_S.tobytes() for share_S in np.bitwise_xor.reduce(terms_NTS, axis=1)]
 
 
 def reconstruct(shares: Mapping[int, bytes], *, parties: int) -> bytes:
@@ -132,6 +130,16 @@ def reconstruct(shares: Mapping[int, bytes], *, parties: int) -> bytes:
     weight_T1 = _lagrange(field, xs)[:, None]
     secret_S: Symbols = np.bitwise_xor.reduce(field.product(weight_T1, share_TS), axis=0)
     return secret_S.tobytes()
+
+
+@functools.lru_cache(maxsize=64)
+def _powers(field: _Field, xs: tuple[int, ...], count: int) -> Symbols:
+    """x^0 ... x^(count - 1) of each x; public, and the same in every round of a cohort."""
+    x_N = np.array(xs, field.dtype)
+    power_NT: Symbols = np.ones((len(xs), count), field.dtype)
+    for exponent in range(1, count):
+        power_NT[:, exponent] = field.product(power_NT[:, exponent - 1], x_N)
+    return power_NT
 
 
 @functools.lru_cache(maxsize=64)

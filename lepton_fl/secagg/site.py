@@ -1,4 +1,4 @@
-"""A site's side of one attempt of one round: five exchanges, each a function from a request to a reply.
+"""A site's side of an ordinary attempt of one round: five exchanges, each a function of a request.
 
 Pure: what it is told, random bytes, the time and a memory are arguments. An error in a phase ends the
 attempt for this site, and every secret of it is forgotten.
@@ -6,12 +6,10 @@ attempt for this site, and every secret of it is forgotten.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,20 +27,11 @@ from lepton_fl.secagg.derivation import (
     share_commitments,
     words_digest,
 )
-from lepton_fl.secagg.errors import (
-    SERVER,
-    BadPayload,
-    BadPhase,
-    BadSignature,
-    Equivocation,
-    Phase,
-    SecaggError,
-    TooFewParticipants,
-)
+from lepton_fl.secagg.errors import SERVER, BadPayload, BadSignature, Phase
+from lepton_fl.secagg.exchanges import EncodedUpdate, SiteAttempt, held
 from lepton_fl.secagg.fixedpoint import Quantiser
 from lepton_fl.secagg.identity import IdentityKey
 from lepton_fl.secagg.keys import ChannelKey, MaskKey
-from lepton_fl.secagg.masks import Words
 from lepton_fl.secagg.messages import (
     NONCE_BYTES,
     SECRET_BYTES,
@@ -56,13 +45,11 @@ from lepton_fl.secagg.messages import (
     Post,
     Roll,
     Shares,
-    Survivors,
     Unmask,
     advert_digest,
     well_formed,
 )
-
-Reply = TypeVar("Reply")
+from lepton_fl.secagg.session import Session, root
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,49 +78,22 @@ class Update:
         return EncodedUpdate(words)
 
 
-class EncodedUpdate:
-    """An update as words mod 2^32: still in clear, without a wire form. It can be masked once."""
-
-    __slots__ = ("_words", "length")
-
-    def __init__(self, words: Words) -> None:
-        self._words: Words | None = words
-        self.length = len(words)
-
-    def take(self) -> Words:
-        """The words, which are the taker's from now on.
-
-        Raises:
-            RuntimeError: they were taken before: an update is masked once.
-        """
-        words, self._words = self._words, None
-        if words is None:
-            raise RuntimeError("an encoded update is masked a second time")
-        return words
-
-
 @dataclass(slots=True)
 class _Peer:
     """What a neighbour's advert says."""
 
     key: bytes
+    not_after: int
+    """Of its certificate."""
     channel: bytes
     mask: bytes
     holders: Parties
 
 
-class SiteRound:
-    """A site in one attempt of one round.
+class SiteRound(SiteAttempt):
+    """A site in an ordinary attempt: `advertise`, `share`, `mask`, `confirm`, `unmask`, in this order."""
 
-    `advertise`, `share`, `mask`, `confirm`, `unmask`, in this order. The same request again is answered with
-    the same reply; another one in an answered phase is `BadPhase`.
-
-    Guarantee, against the server and `colluders` of the other sites together: what this returns tells them
-    the sum over at least `quorum` sites, this one's update in it, and nothing else about this site's update;
-    at most one such sum a round. Between the first and last phases nobody but this object can open the mask.
-
-    Raises (all methods): a SecaggError. After one in a phase that was due, the attempt is over.
-    """
+    _order = tuple(Phase)
 
     def __init__(
         self,
@@ -146,58 +106,41 @@ class SiteRound:
         consortium: Consortium,
         history: History,
         floor: Floor | None = None,
+        sessions: bool = False,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         """`certificate` is that of `identity` for `party`, as signed. Takes the update over.
+
+        With `sessions`, what later rounds can resume is kept: `session`.
 
         Raises:
             PolicyViolation: the context is below the floor.
             ValueError: the update is not of the context's length, the party not of its cohort, or the
                 roster at hand not its.
         """
-        (floor or Floor()).check(context)
-        if update.length != context.words or party not in context.cohort.parties:
-            raise ValueError(f"party {party}, {update.length} words: not of this context")
+        super().__init__(context, update, party=party, history=history, floor=floor, random=random)
         if consortium.roster.version != context.roster:
             raise ValueError(
                 f"the context is of roster {context.roster}, at hand is {consortium.roster.version}"
             )
-        self.context = context
-        self.party = party
-        self.phase = Phase.ADVERTISE
-        self._suite = context.suite
+        self.session: Session | None = None
+        """After the release, on a complete graph, where all survivors' shares were good."""
         self._graph = context.cohort.graph
+        self._sessions = sessions and self._graph.complete
         self._identity = identity
         self._certificate = certificate
         self._consortium = consortium
-        self._history = history
-        self._random = random
-        self._answered: dict[Phase, tuple[bytes, object]] = {}
-        self._update: EncodedUpdate | None = update
-        # Secrets of the attempt, each there from the phase that makes it to `forget`.
+        # Secrets of the attempt.
         self._channel_key: ChannelKey | None = None
         self._mask_key: MaskKey | None = None
-        self._seed = b""
-        self._shares: dict[int, bytes] = {}
-        """By dealer, both shares of each."""
+        self._sent: dict[int, bytes] = {}
+        """Channel secrets of this site's envelopes, until those of the others' are there."""
+        self._roots: dict[int, bytes] = {}
         # Public.
-        self._advert = b""
         self._peers: dict[int, _Peer] = {}
-        self._roll: Parties = ()
-        self._r1 = b""
         self._active: Parties = ()
         """U2 as this site sees it, itself among them."""
         self._bad: Parties = ()
-        self._survivors = Survivors(())
-
-    def advertise(self) -> bytes:
-        """Enter the attempt: an `Advert`. The update is final from here on, and remembered as one attempt.
-
-        Raises:
-            BadPhase: the site has released in this round, or saw this attempt or a later one.
-            Equivocation: an earlier attempt was of another cohort.
-        """
-        return self._answer(Phase.ADVERTISE, b"", self._advertise)
 
     def share(self, request: bytes, now: datetime) -> bytes:
         """Check who takes part (a `Roll`), and deal this site's secrets to its holders: `Shares`.
@@ -209,63 +152,10 @@ class SiteRound:
         """
         return self._answer(Phase.SHARE, request, lambda: self._share(request, now))
 
-    def mask(self, request: bytes) -> MaskedUpdate:
-        """Check the envelopes of the others (a `Post`) and mask the update, in place.
-
-        Raises:
-            Equivocation, BadSignature, BadPayload: an envelope is not for this site, or not its sender's.
-            TooFewParticipants: fewer than the threshold hold this site's shares.
-        """
-        return self._answer(Phase.MASK, request, lambda: self._mask(request))
-
-    def confirm(self, request: bytes) -> bytes:
-        """Sign, once, which survivors this site was told of (`Survivors`): `Confirm`.
-
-        Raises:
-            Equivocation: they cannot be the survivors; each must have masked with all of its neighbours.
-            TooFewParticipants: fewer than the quorum.
-        """
-        return self._answer(Phase.CONFIRM, request, lambda: self._confirm(request))
-
-    def unmask(self, request: bytes) -> bytes:
-        """With enough confirmations of the same survivors (`Confirmed`), release the shares: `Unmask`.
-
-        The history has it as released, on disk, before this returns; and every secret is forgotten.
-
-        Raises:
-            BadSignature: a confirmation is forged, or is of other survivors.
-            TooFewParticipants: fewer confirmations than the threshold.
-        """
-        return self._answer(Phase.UNMASK, request, lambda: self._unmask(request))
-
     def forget(self) -> None:
-        """Drop every secret and the update; the attempt is over for this site. Safe at any time."""
-        self.phase = Phase.OVER
-        self._update = self._channel_key = self._mask_key = None
-        self._seed = b""
-        self._shares = {}
-        self._answered.pop(Phase.MASK, None)
-
-    def _answer(self, phase: Phase, request: bytes, reply: Callable[[], Reply]) -> Reply:
-        digest = hashlib.sha256(request).digest()
-        if phase in self._answered:
-            seen, answer = self._answered[phase]
-            if seen != digest:
-                raise BadPhase("another request in a phase that was answered", phase=phase, culprit=SERVER)
-            return answer  # type: ignore[return-value]
-        if phase is not self.phase:
-            raise BadPhase(f"this site is in phase {self.phase}", phase=phase, culprit=SERVER)
-        # On before anything leaves, and over unless all goes well: no error leaves a phase to be tried again.
-        self.phase = Phase.OVER
-        try:
-            made = reply()
-        except BaseException:
-            self.forget()
-            raise
-        self._answered[phase] = digest, made
-        following = list(Phase)
-        self.phase = following[following.index(phase) + 1]
-        return made
+        super().forget()
+        self._channel_key = self._mask_key = None
+        self._sent, self._roots = {}, {}
 
     def _advertise(self) -> bytes:
         begin(self.context, self._history)
@@ -285,12 +175,12 @@ class SiteRound:
     def _share(self, request: bytes, now: datetime) -> bytes:
         phase, suite, me = Phase.SHARE, self._suite, self.party
         roll = well_formed(Roll.decode, suite, request, phase, SERVER)
-        self._check_roll(roll)
+        self._check_roll(roll.parties, roll.digests, advert_digest(suite, self._advert))
         self._read_adverts(roll, now)
         self._roll = roll.parties
         self._r1 = r1 = roll.transcript(suite, self.context.digest)
 
-        channel_key, mask_key = _held(self._channel_key), _held(self._mask_key)
+        channel_key, mask_key = held(self._channel_key), held(self._mask_key)
         self._seed = self._random(SECRET_BYTES)
         holders = self._peers[me].holders
         dealt = shamir.deal(
@@ -310,6 +200,8 @@ class SiteRound:
                 mask_offer = mask_key.offer(peer.mask, r1, me, peer_id) if me < peer_id else b""
             except VerificationFailed as error:
                 raise BadPayload(error.message, phase=phase, culprit=peer_id) from None
+            if self._sessions:
+                self._sent[peer_id] = secret
             x = 1 + holders.index(peer_id) if share else 0
             envelopes.append(
                 Envelope.sign(
@@ -332,18 +224,6 @@ class SiteRound:
             envelopes=tuple(envelopes),
         ).encode(suite)
 
-    def _check_roll(self, roll: Roll) -> None:
-        cohort = self.context.cohort
-        if not set(roll.parties) <= set(cohort.parties):
-            raise self._equivocation("the roll has a party that is not of the cohort")
-        if self.party not in roll.parties:
-            raise self._equivocation("the roll is without this site")
-        own = roll.digests[roll.parties.index(self.party)]
-        if own != advert_digest(self._suite, self._advert):
-            raise self._equivocation("the roll has another advert of this site")
-        if len(roll.parties) < cohort.quorum:
-            raise self._too_few("adverts", len(roll.parties), cohort.quorum)
-
     def _read_adverts(self, roll: Roll, now: datetime) -> None:
         """The peers: this site, whom it drew, and who drew it."""
         phase, suite, me = Phase.SHARE, self._suite, self.party
@@ -364,7 +244,9 @@ class SiteRound:
             except VerificationFailed as error:
                 raise BadSignature(error.message, phase=phase, culprit=party) from None
             holders = self._graph.holders(party, advert.nonce, self.context.digest, suite)
-            self._peers[party] = _Peer(certificate.key, advert.channel, advert.mask, holders)
+            self._peers[party] = _Peer(
+                certificate.key, certificate.not_after, advert.channel, advert.mask, holders
+            )
             keys += [advert.channel, advert.mask]
         if len(set(keys)) < len(keys):
             raise self._equivocation("two keys are the same")
@@ -386,7 +268,7 @@ class SiteRound:
         needed = self.context.cohort.quorum if self._graph.complete else self._graph.threshold
         if holding < needed:
             raise self._too_few("sites with shares", holding, needed)
-        mask_key = _held(self._mask_key)
+        mask_key = held(self._mask_key)
         bad: list[int] = []
         keys = [(1, self_mask(suite, r1, me, self._seed))]
         for sender, seed, envelope in zip(post.senders, post.seeds, post.envelopes, strict=True):
@@ -406,7 +288,7 @@ class SiteRound:
             except VerificationFailed:
                 bad.append(sender)
         self._bad = tuple(bad)
-        words = _held(self._update).take()
+        words = self._words()
         masks.apply(words, keys)
         header = Header.sign(
             suite,
@@ -418,35 +300,32 @@ class SiteRound:
             bad=self._bad,
         )
         # Envelopes and masks are made: neither key has any further use at its own site.
-        self._channel_key = self._mask_key = self._update = None
-        self._seed = b""
+        self._channel_key = self._mask_key = None
+        self._seed, self._sent = b"", {}
         return MaskedUpdate(header.encode(suite), words)
 
     def _open(self, sender: int, peer: _Peer, envelope: Envelope) -> None:
         """Keep the shares in an envelope, if they are those committed to."""
         suite, me, r1 = self._suite, self.party, self._r1
         x = 1 + peer.holders.index(me) if me in peer.holders else 0
-        secret = _held(self._channel_key).accept(peer.channel, envelope.channel_offer)
+        secret = held(self._channel_key).accept(peer.channel, envelope.channel_offer)
         key = box_key(suite, secret, r1, sender, me)
         share = key.open(envelope.box, box_aad(suite, r1, sender, me, x))
         if share_commitments(suite, r1, sender, me, share) != envelope.commitments or bool(share) != bool(x):
             raise VerificationFailed("shares are not those committed to")
         if x:
             self._shares[sender] = share
+        if self._sessions:
+            sent = self._sent[sender]
+            self._roots[sender] = root(suite, r1, me, sender, sent=sent, received=secret)
 
     def _confirm(self, request: bytes) -> bytes:
-        phase, suite, cohort = Phase.CONFIRM, self._suite, self.context.cohort
-        survivors = well_formed(Survivors.decode, suite, request, phase, SERVER)
-        alive = set(survivors.parties)
-        if self.party not in alive or not alive <= set(self._roll):
-            raise self._equivocation("the survivors are without this site, or not all of the roll")
+        survivors = self._read_survivors(request)
         # Or a server could withhold envelopes, cut the graph of masks into islands and read each one's sum.
-        if not alive & set(self._peers) <= set(self._active):
+        if not set(survivors.parties) & set(self._peers) <= set(self._active):
             raise self._equivocation("a neighbour that sent no envelope is said to survive")
-        if len(alive) < cohort.quorum:
-            raise self._too_few("survivors", len(alive), cohort.quorum)
         self._survivors = survivors
-        return Confirm.sign(suite, self._identity, self._r1, survivors).encode(suite)
+        return Confirm.sign(self._suite, self._identity, self._r1, survivors).encode(self._suite)
 
     def _unmask(self, request: bytes) -> bytes:
         phase, suite = Phase.UNMASK, self._suite
@@ -465,33 +344,23 @@ class SiteRound:
                     phase=phase,
                     culprit=SERVER,
                 ) from None
-        alive = set(self._survivors.parties)
-        shares = [
-            share[:SECRET_BYTES] if dealer in alive else share[SECRET_BYTES:]
-            for dealer, share in sorted(self._shares.items())
-        ]
+        shares = self._to_release(SECRET_BYTES)
         reply = Unmask.sign(suite, self._identity, self._r1, self.party, self._survivors, shares)
+        session = self._resumable()
         # Released before it leaves: the other order could let a crash have an update added twice.
         release(self.context, self._history)
         self.forget()
+        self.session = session
         return reply.encode(suite)
+
+    def _resumable(self) -> Session | None:
+        """What is kept of this attempt: a root with every other survivor, or nothing."""
+        members = self._survivors.parties
+        roots = {peer: self._roots[peer] for peer in members if peer in self._roots}
+        if len(roots) < len(members) - 1:
+            return None
+        expires = min(self._peers[member].not_after for member in members)
+        return Session(self.context, self._r1, self.party, members=members, roots=roots, expires=expires)
 
     def _neighbours(self) -> list[tuple[int, _Peer]]:
         return [(party, peer) for party, peer in sorted(self._peers.items()) if party != self.party]
-
-    def _equivocation(self, message: str) -> SecaggError:
-        return Equivocation(message, phase=self._current, culprit=SERVER)
-
-    def _too_few(self, what: str, found: int, needed: int) -> SecaggError:
-        return TooFewParticipants(f"{found} {what}, at least {needed} are needed", phase=self._current)
-
-    @property
-    def _current(self) -> Phase:
-        """The phase that is being answered: the one after the last that was."""
-        return list(Phase)[len(self._answered)]
-
-
-def _held(secret: Reply | None) -> Reply:
-    if secret is None:
-        raise RuntimeError("a secret of the round is used after it was dropped")
-    return secret

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lepton_fl.errors import ConfigError, LeptonError, VerificationFailed
+from lepton_fl.files import open_database
 from lepton_fl.secagg.context import Attempt
 from lepton_fl.secagg.encoding import digest
 from lepton_fl.site.config import SiteFiles
@@ -48,8 +48,7 @@ class DiskHistory:
         """
         self.path = path
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
+            self._db = open_database(path)
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
         try:
@@ -60,9 +59,6 @@ class DiskHistory:
 
     def _prepare(self) -> None:
         try:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            # FULL: a commit returns only when the write-ahead log is on disk.
-            self._db.execute("PRAGMA synchronous = FULL")
             found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if found == "ok" and version == 0:

@@ -29,10 +29,13 @@ from lepton_fl.messages import (
 from lepton_fl.privacy.discrete_gaussian import sample
 from lepton_fl.secagg.context import Consortium, Context, Floor, History
 from lepton_fl.secagg.errors import BadPhase, OtherRoster, Phase
+from lepton_fl.secagg.exchanges import EncodedUpdate
 from lepton_fl.secagg.fixedpoint import Update
 from lepton_fl.secagg.identity import IdentityKey, Roster
 from lepton_fl.secagg.masks import Words
-from lepton_fl.secagg.site import EncodedUpdate, SiteRound
+from lepton_fl.secagg.session import Session
+from lepton_fl.secagg.session_site import SessionRound
+from lepton_fl.secagg.site import SiteRound
 from lepton_fl.secure_rounds import (
     EVALUATE_SUM,
     context_of,
@@ -40,6 +43,7 @@ from lepton_fl.secure_rounds import (
     digest_of,
     encode_counts,
     group_with,
+    resumes,
     shared_lattice,
 )
 from lepton_fl.tasks import Arrays
@@ -94,6 +98,13 @@ def begun(message: Message, assignment: Assignment, site: str, roster: Roster, m
 class Aggregation(ABC):
     """How what a site computed leaves it, under a study with secure aggregation."""
 
+    def join(self, assignment: Assignment) -> None:  # noqa: B027 - most can take part in what is proposed
+        """Whether this site can take part in a run that is proposed to it.
+
+        Raises:
+            PolicyRefused: it cannot.
+        """
+
     @abstractmethod
     def check(self, message: Message, assignment: Assignment, model: Arrays, floor: Floor) -> Ticket:
         """Whether this site can take part in the round that `message` begins; nothing is spent yet.
@@ -116,7 +127,10 @@ class Aggregation(ABC):
 
 
 class NoAggregation(Aggregation):
-    """The site has no identity among the sites, so it refuses."""
+    """The site has no identity among the sites, so it refuses: before a run begins, and in each round."""
+
+    def join(self, assignment: Assignment) -> None:
+        raise _no_identity(assignment)
 
     def check(self, message: Message, assignment: Assignment, model: Arrays, floor: Floor) -> Ticket:  # noqa: ARG002 - an Aggregation's form
         raise _no_identity(assignment)
@@ -187,14 +201,17 @@ class _Open:
     floor: Floor
     words: Words
     """In clear, for another attempt; dropped with the release."""
-    attempt: SiteRound
+    attempt: SiteRound | SessionRound
+    session: Session | None = None
+    """That the next round may resume: the one of this attempt, or the one that it leaves."""
 
 
 class LSA1(Aggregation):
     """docs/protocol.md, over Flower messages.
 
-    Guarantee: that of `SiteRound`, for each round. What is kept between messages is in this process alone:
-    after a crash the site sits out the round, and is in the next.
+    Guarantee: that of `SiteAttempt`, for each round. What is kept between messages is in this process alone:
+    after a crash the site sits out the round, and is in the next. A session is resumed where the server
+    proposes the one that this site has, and it serves; else the round is an ordinary one.
     """
 
     def __init__(self, membership: Membership, *, random: Callable[[int], bytes] | None = None) -> None:
@@ -222,15 +239,22 @@ class LSA1(Aggregation):
 
     def enter(self, ticket: Ticket, words: Words) -> Message:
         key = ticket.assignment.run, ticket.context.kind
-        before = self._open.get(key)
+        before, request = self._open.get(key), read_secure(ticket.message)
+        session = None if before is None else before.session
+        if session and not session.serves(ticket.context, request.session, request.step, datetime.now(UTC)):
+            session = None
         if before is None or before.attempt.context.cohort != ticket.context.cohort:
             log.info("run %s: %s", ticket.assignment.run, ticket.context.cohort.promise())
         self._forget(key)
         while len(self._open) >= MAX_OPEN:
             self._forget(next(iter(self._open)))
-        attempt = self._attempt(ticket.context, words, ticket.consortium, ticket.floor)
+        attempt = (
+            self._resumed(session, ticket, words, request.step)
+            if session
+            else self._ordinary(ticket.assignment, ticket.context, words, ticket.consortium, ticket.floor)
+        )
         advert = attempt.advertise()
-        self._open[key] = _Open(ticket.assignment, ticket.floor, words, attempt)
+        self._open[key] = _Open(ticket.assignment, ticket.floor, words, attempt, session)
         return secure_reply(ticket.message, advert)
 
     def answer(self, message: Message, assignment: Assignment) -> Message:
@@ -243,17 +267,21 @@ class LSA1(Aggregation):
         if request.attempt != found.attempt.context.attempt:
             raise BadPhase(f"attempt {request.attempt} is not the one this site is in", phase=phase)
         match phase:
-            case Phase.SHARE:
+            case Phase.SHARE if isinstance(found.attempt, SiteRound):
                 return secure_reply(message, found.attempt.share(request.body, datetime.now(UTC)))
             case Phase.MASK:
                 return masked_reply(message, found.attempt.mask(request.body))
             case Phase.CONFIRM:
                 return secure_reply(message, found.attempt.confirm(request.body))
-            case _:
+            case Phase.UNMASK:
                 reply = found.attempt.unmask(request.body)
                 # Released: there is no other attempt that they could be in.
                 found.words = _NONE
+                if isinstance(found.attempt, SiteRound):
+                    found.session = found.attempt.session
                 return secure_reply(message, reply)
+            case _:
+                raise BadPhase("a session has no such exchange", phase=phase)
 
     def _again(self, found: _Open, request: SecureRequest) -> bytes:
         """The advert of another attempt at the same round, with the same update."""
@@ -269,8 +297,9 @@ class LSA1(Aggregation):
             )
         consortium = self._consortium(request)
         found.attempt.forget()
+        found.session = None
         again = replace(context, attempt=request.attempt, roster=consortium.roster.version)
-        found.attempt = self._attempt(again, found.words, consortium, found.floor)
+        found.attempt = self._ordinary(found.assignment, again, found.words, consortium, found.floor)
         return found.attempt.advertise()
 
     def _consortium(self, request: SecureRequest) -> Consortium:
@@ -282,7 +311,9 @@ class LSA1(Aggregation):
             )
         return consortium
 
-    def _attempt(self, context: Context, words: Words, consortium: Consortium, floor: Floor) -> SiteRound:
+    def _ordinary(
+        self, assignment: Assignment, context: Context, words: Words, consortium: Consortium, floor: Floor
+    ) -> SiteRound:
         member = self._membership
         return SiteRound(
             context,
@@ -294,6 +325,18 @@ class LSA1(Aggregation):
             consortium=consortium,
             history=member.history,
             floor=floor,
+            sessions=resumes(assignment.study, context.kind),
+            **self._random,
+        )
+
+    def _resumed(self, session: Session, ticket: Ticket, words: Words, step: int) -> SessionRound:
+        return SessionRound(
+            ticket.context,
+            EncodedUpdate(words.copy()),
+            session=session,
+            step=step,
+            history=self._membership.history,
+            floor=ticket.floor,
             **self._random,
         )
 

@@ -9,7 +9,7 @@ import pytest
 from lepton_fl.errors import VerificationFailed
 from lepton_fl.secagg import server as server_module
 from lepton_fl.secagg import site as site_module
-from lepton_fl.secagg.context import Attempt, Cohort
+from lepton_fl.secagg.context import Attempt, Cohort, Forgetful
 from lepton_fl.secagg.errors import (
     SERVER,
     BadCertificate,
@@ -759,13 +759,11 @@ def test_secrets_are_gone_after_the_round(make_net):
 def test_nothing_is_released_that_is_not_on_disk(make_net):
     """The disk is full when the release is to be written: no share leaves, then or later."""
 
-    class Full:
-        def read(self, *_):
-            return None
-
+    class Full(Forgetful):
         def write(self, attempt):
             if attempt.released:
                 raise OSError("no space left on device")
+            super().write(attempt)
 
     net = make_net(4)
     party = net.parties[0]

@@ -1,11 +1,14 @@
 """A file is the old one or the whole new one, and a lock has one holder."""
 
 import os
+import sqlite3
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
-from lepton_fl.files import lock, write_atomic
+from lepton_fl.files import lock, open_database, transaction, write_atomic
 
 
 @pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
@@ -75,3 +78,70 @@ def test_a_lock_has_one_holder_until_that_lets_go(tmp_path):
     again = lock(path)
     assert again is not None
     os.close(again)
+
+
+@pytest.fixture
+def database(tmp_path):
+    with closing(open_database(tmp_path / "f.db")) as db:
+        db.execute("CREATE TABLE t (i INTEGER NOT NULL UNIQUE) STRICT")
+        yield db
+
+
+def test_a_database_is_its_owners_and_each_commit_on_disk(database, tmp_path):
+    """synchronous 2 is FULL: 1 would not wait for the write-ahead log."""
+    assert stat.S_IMODE((tmp_path / "f.db").stat().st_mode) == 0o600
+    assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert database.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+@pytest.mark.parametrize("of_one_thread", [True, False])
+def test_a_database_of_one_thread_is_of_no_other(tmp_path, of_one_thread):
+    with (
+        closing(open_database(tmp_path / "f.db", of_one_thread=of_one_thread)) as db,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        error = pool.submit(db.execute, "SELECT 1").exception()
+
+    assert isinstance(error, sqlite3.ProgrammingError) == of_one_thread
+
+
+def test_what_is_no_database_is_refused_and_not_changed(tmp_path):
+    path = tmp_path / "f.db"
+    path.write_bytes(b"anything else" * 100)
+
+    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
+        open_database(path)
+    assert path.read_bytes() == b"anything else" * 100
+
+
+def write(database, *statements):
+    with transaction(database):
+        for statement in statements:
+            database.execute(statement)
+
+
+def test_a_transaction_is_whole_or_nothing(database):
+    with pytest.raises(sqlite3.IntegrityError):
+        write(database, "INSERT INTO t VALUES (1)", "INSERT INTO t VALUES (1)")
+    write(database, "INSERT INTO t VALUES (2)")
+
+    assert database.execute("SELECT i FROM t").fetchall() == [(2,)]
+
+
+def test_a_commit_that_fails_leaves_no_transaction_open(database):
+    """Or no other could begin, as long as the process lives."""
+    database.execute("CREATE TABLE of (i INTEGER REFERENCES t (i) DEFERRABLE INITIALLY DEFERRED) STRICT")
+    database.execute("PRAGMA foreign_keys = ON")
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+        write(database, "INSERT INTO of VALUES (1)")
+    write(database, "INSERT INTO t VALUES (2)")
+
+    assert database.execute("SELECT count(*) FROM of").fetchone() == (0,)
+
+
+def test_an_error_that_ended_the_transaction_is_the_one_that_is_raised(database):
+    """A full disk ends it; a second end would hide why."""
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+        write(database, "INSERT INTO t VALUES (1)", "INSERT OR ROLLBACK INTO t VALUES (1)")
+
+    assert database.execute("SELECT count(*) FROM t").fetchone() == (0,)

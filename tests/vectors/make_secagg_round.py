@@ -53,12 +53,12 @@ def certificate(party):
     return p.encode(body, sign(fixed("root"), "lepton-fl/identity-certificate/1", *body))
 
 
-def context(colluders, threshold, weighted, max_weight):
-    cohort = sha("lepton-fl/secagg/cohort/1", packed(PARTIES))
-    quantiser = [struct.pack("<d", CLIP), BITS, len(PARTIES), max_weight, 0]
-    graph = (len(PARTIES) - 1, threshold)
+def context(colluders, threshold, weighted, max_weight, *, round=3, attempt=2, parties=PARTIES):
+    cohort = sha("lepton-fl/secagg/cohort/1", packed(parties))
+    quantiser = [struct.pack("<d", CLIP), BITS, len(parties), max_weight, 0]
+    graph = (len(parties) - 1, threshold)
     return sha(
-        SUITE, "ctx", fixed("run", 16), "train", 3, 2, cohort, colluders, 3, threshold, *graph,
+        SUITE, "ctx", fixed("run", 16), "train", round, attempt, cohort, colluders, 3, threshold, *graph,
         COORDINATES, quantiser, int(weighted), fixed("model"), fixed("study"), 5,
     )  # fmt: skip
 
@@ -74,6 +74,20 @@ def pair_mask(r1, scalar, peer_public, one, other):
 
 def little(words):
     return b"".join(struct.pack("<I", word) for word in words)
+
+
+def encoded_update(name, weight=1, max_weight=1):
+    update = [
+        (int.from_bytes(fixed(f"update {name} {c}", 4), "little") / 2**31 - 1) for c in range(COORDINATES)
+    ]
+    return p.quantise(
+        update,
+        clip=CLIP,
+        bits=BITS,
+        max_weight=max_weight,
+        weight=weight,
+        rounding_key=fixed(f"rounding {name}"),
+    )
 
 
 def whole_round(*, masking=PARTIES, advertising=PARTIES, weights=None):
@@ -94,18 +108,8 @@ def whole_round(*, masking=PARTIES, advertising=PARTIES, weights=None):
         scalar[i] = (channel, mask)
         fields = ["advert", certificate(i), ctx, p.x25519_public(channel), p.x25519_public(mask), nonce]
         adverts[i] = p.encode(SUITE, *fields, sign(fixed(f"identity {i}"), SUITE, *fields))
-        update = [
-            (int.from_bytes(fixed(f"update {i} {c}", 4), "little") / 2**31 - 1) for c in range(COORDINATES)
-        ]
         weight = weights[i] if weights else 1
-        encoded[i] = p.quantise(
-            update,
-            clip=CLIP,
-            bits=BITS,
-            max_weight=max_weight,
-            weight=weight,
-            rounding_key=fixed(f"rounding {i}"),
-        ) + (p.limbs(weight) if weights else [])
+        encoded[i] = encoded_update(f"{i}", weight, max_weight) + (p.limbs(weight) if weights else [])
 
     # Share
     digests = [sha(SUITE, "advert digest", adverts[i]) for i in advertising]
@@ -221,18 +225,22 @@ def plain(value):
         return value.hex()
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list) and value and isinstance(value[0], bytes):
-        return [entry.hex() for entry in value]
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
     return value
 
 
-def main():
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "secagg_round.json"
-    rows = [{"name": name, **plain(scenario())} for name, scenario in SCENARIOS.items()]
-    # One line for each list of words.
+def write(scenarios, name):
+    """A line for each scenario, to the file that the command line names, or to `name` beside this one."""
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / name
+    rows = [{"name": name, **plain(scenario())} for name, scenario in scenarios.items()]
     target.write_text(
         json.dumps(rows, indent=None, separators=(",", ":")).replace('},{"name"', '},\n{"name"') + "\n"
     )
+
+
+def main():
+    write(SCENARIOS, "secagg_round.json")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ expected_batch = 1_000
 unit = "customer_id"
 delta = 1e-6
 epsilon = 3
+max_records_per_unit = 8
 
 [evaluation]
 cutoff = 2026-01-31T01:00:00+01:00
@@ -57,9 +58,10 @@ CANONICAL = (
     '"vocabulary":[5411,"atm",true]}},'
     '"scaling":"bounds"},'
     '"model":{"hidden":[32],"name":"auto","normalization":"none"},'
-    '"privacy":{"clip":1.0,"delta":1e-06,"epsilon":3.0,"noise":"local","unit":"customer_id"},'
+    '"privacy":{"clip":1.0,"delta":1e-06,"epsilon":3.0,"max_records_per_unit":8,"max_sites_per_unit":1,'
+    '"noise":"local","unit":"customer_id","unit_gradient":"sum"},'
     '"secure_aggregation":{"colluders":1,"combine":"mean","deadline":60.0,"enabled":true,"group_size":null,'
-    '"min_sites":3,"min_survivors":"all","suite":"LSA1","trim":null},'
+    '"min_sites":3,"min_survivors":"all","sessions":true,"suite":"LSA1","trim":null},'
     '"study":{"name":"card-fraud","purpose":"r\u00e9sum\u00e9"},'
     '"task":{"kind":"binary","metric":"auc",'
     '"operating_point":{"alerts_per_day":null,"cost_fn":null,"cost_fp":null,"fpr":0.01},'

@@ -35,7 +35,7 @@ from lepton_fl.secagg.errors import Phase
 from lepton_fl.secure_rounds import TRAIN_SUM
 from lepton_fl.simulation.members import memberships
 from lepton_fl.site import Deployed, Policy, Site, SiteData, client_app
-from lepton_fl.site.policy import Approvals
+from lepton_fl.site.approvals import Approvals
 from lepton_fl.site.secure import LSA1
 from lepton_fl.study import Study
 from lepton_fl.tasks import arrays_of, build_model
@@ -171,7 +171,7 @@ class World:
             name=name,
             policy=self.policy,
             policy_file="policy.toml",
-            approvals=Approvals(home / "approvals.jsonl"),
+            approvals=Approvals(home / "approvals.jsonl", key=self.ledgers[-1].key),
             load=lambda _: self.data,
             surroundings=Deployed(noise=UnseededNoise(), ledger=self.ledgers[-1]),
             aggregation=aggregation,

@@ -28,8 +28,8 @@ from lepton_fl.secagg.context import Consortium
 from lepton_fl.secagg.errors import BadPayload, OtherRoster, Phase, SecaggError
 from lepton_fl.secagg.identity import IdentityKey, Member, Roster
 from lepton_fl.site import secure as site_secure
-from lepton_fl.site.app import train_locally
 from lepton_fl.study import Study
+from lepton_fl.training import train_locally
 
 LATER = [Phase.SHARE, Phase.MASK, Phase.CONFIRM, Phase.UNMASK]
 VICTIM = 102
@@ -226,13 +226,13 @@ def test_train_again_for_the_same_round(make_world, monkeypatch, phase, noise):
     if phase is None:
         world.is_sum(world.train(), world.parties)
         again = lambda: replies.append(world.ask(world.first(VICTIM, **one_ulp_away(world))))
-        monkeypatch.setattr("lepton_fl.site.app.train_locally", None)
+        monkeypatch.setattr("lepton_fl.site.site.train_locally", None)
         again()
     else:
 
         def ask_again(*_):
             with monkeypatch.context() as patched:
-                patched.setattr("lepton_fl.site.app.train_locally", None)
+                patched.setattr("lepton_fl.site.site.train_locally", None)
                 replies.append(world.ask(world.first(VICTIM, **one_ulp_away(world))))
 
         world.is_sum(world.train(between=at(phase, ask_again)), world.parties)
@@ -469,7 +469,7 @@ def test_a_roster_that_comes_while_a_site_trains(world, monkeypatch):
             held.append(Consortium(root.public, newer))
         return train_locally(*arguments)
 
-    monkeypatch.setattr("lepton_fl.site.app.train_locally", train)
+    monkeypatch.setattr("lepton_fl.site.site.train_locally", train)
 
     world.is_sum(world.train(), world.parties)
     assert is_refused(world.ask(world.first(VICTIM, 2))) == "OtherRoster in advertise"
@@ -619,7 +619,7 @@ def test_refusals_tell_nothing_of_the_update(make_world, monkeypatch):
         update = train_locally(*arguments)
         return replace(update, delta={name: array * np.float32(1e9) for name, array in update.delta.items()})
 
-    monkeypatch.setattr("lepton_fl.site.app.train_locally", enormous)
+    monkeypatch.setattr("lepton_fl.site.site.train_locally", enormous)
     cut = script(make_world())
 
     assert plain == cut

@@ -198,8 +198,9 @@ def test_anothers_reply_as_its_own(world, phase):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_reply_of_an_earlier_round(world, phase):
+def test_reply_of_an_earlier_round(make_world, phase):
     """The cheater's own, rightly signed then."""
+    world = make_world(secure_aggregation={"sessions": False})
     heard = []
     world.train(between=cheat(phase, lambda _, reply: heard.append(reply) or reply))
     replies = world.train(2, between=cheat(phase, lambda m, _: Message(heard[0].content, reply_to=m)))

@@ -11,8 +11,9 @@ from lepton_fl.messages import ARRAYS, PHASES, SECAGG, TRAIN, from_record
 from lepton_fl.secagg.errors import Phase
 from lepton_fl.secagg.keys import ChannelKey, MaskKey
 from lepton_fl.secagg.messages import NONCE_BYTES
+from lepton_fl.secagg.session_site import SessionRound
 from lepton_fl.secagg.site import SiteRound
-from lepton_fl.site.app import train_locally
+from lepton_fl.training import train_locally
 
 VICTIM = 102
 WIDE = {"model": {"name": "mlp", "hidden": [64, 64]}}
@@ -132,7 +133,7 @@ def test_length_does_not_depend_on_the_update(make_world, monkeypatch):
             update = train_locally(*arguments)
             return replace(update, delta={name: array * factor for name, array in update.delta.items()})
 
-        monkeypatch.setattr("lepton_fl.site.app.train_locally", scaled)
+        monkeypatch.setattr("lepton_fl.site.site.train_locally", scaled)
         world = make_world()
         world.train()
         lengths.append([(p.kind, p.party, len(p.body)) for p in world.wire.tape])
@@ -172,7 +173,7 @@ def held(world, walk, draws, party=VICTIM):
     clear = [words[party] for words in plain.values() if party in words]
     secrets = sum(isinstance(f, bytes) and any(secret in f for secret in drawn) for f in found)
     secrets += sum(isinstance(f, ChannelKey | MaskKey) for f in found)
-    secrets += sum(isinstance(f, SiteRound) and bool(f._shares) for f in found)
+    secrets += sum(isinstance(f, SiteRound | SessionRound) and bool(f._shares) for f in found)
     arrays = [f for f in found if isinstance(f, np.ndarray)]
     words = sum(np.array_equal(array.ravel(), words) for array in arrays for words in clear)
     return secrets, words
@@ -236,11 +237,48 @@ def test_a_round_that_is_never_finished_goes_with_the_next(world, walk):
     assert held(world, walk, draws) == (0, 0)
 
 
-def test_every_round_draws_afresh(world):
+def test_every_round_draws_afresh(make_world):
     """What is taken from a site that is broken into later opens no round before or after."""
+    world = make_world(secure_aggregation={"sessions": False})
     draws = watched(world)
     world.train()
     first = set(draws.noted)
     world.train(2)
 
     assert len(draws.noted) == 2 * len(first)
+
+
+def test_nothing_is_left_after_a_step_of_a_session(world, walk):
+    """Nor are the keys from which the step's were made: what is left opens steps to come, and none before."""
+    world.train()
+    draws, found = watched(world), []
+    (opened,) = world.sites[VICTIM].aggregation._open.values()
+    chain = {inverted(key) for key in opened.session._chains.values()}
+    assert chain
+
+    def between(message, call):
+        if (message.metadata.message_type, message.metadata.dst_node_id) == (PHASES[Phase.MASK], VICTIM):
+            found.append(held(world, walk, draws))
+        return call(message)
+
+    del opened
+    world.train(2, between=between)
+    assert min(found[0]) > 0
+    assert held(world, walk, draws) == (0, 0)
+    draws.noted = chain
+    assert held(world, walk, draws) == (0, 0)
+
+
+def test_a_step_that_is_refused_leaves_no_session(world, walk):
+    """Its keys are gone at once, those of the chain as well."""
+    world.train()
+    (opened,) = world.sites[VICTIM].aggregation._open.values()
+    session = opened.session
+
+    def between(message, call):
+        if (message.metadata.message_type, message.metadata.dst_node_id) == (PHASES[Phase.MASK], VICTIM):
+            return call(world.later(VICTIM, Phase.MASK, b"nonsense", number=2))
+        return call(message)
+
+    world.train(2, between=between)
+    assert session._chains == {}

@@ -49,9 +49,21 @@ def test_the_clip_itself_is_never_rounded_away_from_zero(bits):
     assert set(encoded_L[3::4].tolist()) == {-q.half}
 
 
+@pytest.mark.parametrize("coordinates", [0, 7, TILE + 3])
+def test_rows_are_what_each_key_encodes_by_itself(coordinates):
+    q = Quantiser(clip=0.5, bits=20, max_n=9)
+    update_KL = np.random.default_rng(1).normal(size=(4, coordinates))
+    keys = [bytes([k]) * 32 for k in range(4)]
+    rows = q.encode_each(update_KL, weight=1, rounding_keys=keys)
+
+    assert rows.shape == update_KL.shape
+    for row, update_L, key in zip(rows, update_KL, keys, strict=True):
+        assert (row == q.encode(update_L, weight=1, rounding_key=key)).all()
+
+
 def test_the_lowest_word_rounds_no_whole_product_up(monkeypatch):
     """Once in 2^32 the word is 0; a product on a step stays, one a hair above it goes up."""
-    monkeypatch.setattr(fixedpoint, "keystream", lambda key, *, start, count: np.zeros(count, np.uint32))
+    monkeypatch.setattr(fixedpoint.Keystream, "fill", lambda _, out_L, *, start: out_L.fill(0))
     q = Quantiser(clip=1.0, bits=2, max_n=1)
     update_L = np.array([-1.0, -1e-30, 0.0, 1e-30, 1.0], np.float32)
 
@@ -59,9 +71,7 @@ def test_the_lowest_word_rounds_no_whole_product_up(monkeypatch):
 
 
 def test_the_highest_word_rounds_nothing_up(monkeypatch):
-    monkeypatch.setattr(
-        fixedpoint, "keystream", lambda key, *, start, count: np.full(count, 2**32 - 1, np.uint32)
-    )
+    monkeypatch.setattr(fixedpoint.Keystream, "fill", lambda _, out_L, *, start: out_L.fill(2**32 - 1))
     q = Quantiser(clip=1.0, bits=2, max_n=1)
     update_L = np.array([-1.0, -0.001, 0.0, 0.999, 1.0], np.float32)
 
