@@ -136,7 +136,7 @@ def _cost(run: Run, noise: str, left: Left) -> Finding:
     delta = study.privacy.delta or 0.0
     least = math.inf
     for name, site in run.sites.items():
-        event = site.bench(study).charge(len(run.sites))
+        event = site.bench(study).round_event(len(run.sites))
         rounds = sum(site_name == name for site_name, _ in left)
         if event is None or not rounds:
             continue
@@ -146,6 +146,7 @@ def _cost(run: Run, noise: str, left: Left) -> Finding:
                     noise_multiplier=event.noise_multiplier,
                     sampling_rate=event.sampling_rate,
                     steps=event.steps * rounds,
+                    sites_per_unit=event.sites_per_unit,
                 )
             ],
             delta,

@@ -82,7 +82,9 @@ def small_study(*, noise: Literal["local", "shared"], rounds: int, hidden: int) 
 def small_run(study: Study, seed: int, *, folder: Path | None = None) -> Run:
     """A run of `study` by four sites; with `folder` on ledgers and with the protocol, else a rehearsal."""
     tables = {name: _table(study, np.random.default_rng([seed, at])) for at, name in enumerate(SITES)}
-    return prepare(study, {name: (table, table) for name, table in tables.items()}, seed, folder=folder)
+    splits = {name: (table, table) for name, table in tables.items()}
+    # As a deployed site trains.
+    return prepare(study, splits, seed, folder=folder, engine="process")
 
 
 def tapped(run: Run) -> tuple[Run, Tap]:

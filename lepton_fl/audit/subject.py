@@ -5,7 +5,6 @@ N records, U units, F features, L parameters, here one for each feature.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lepton_fl.privacy.lattice import Lattice
-from lepton_fl.tasks import arrays_of
+from lepton_fl.tasks import arrays_of, load_arrays
 from lepton_fl.tasks.arrays import flatten
 from lepton_fl.tasks.task import BINARY
 from lepton_fl.training import LocalPlan, Noise, train_locally
@@ -70,8 +69,10 @@ def gradient(
     model: nn.Module, records: Records, plan: LocalPlan, noise: Noise, round: int
 ) -> NDArray[np.float64]:
     """The one step's sum over the sampled units that a lock-step plan releases, times `expected_batch`."""
-    # A copy: a step moves the model that it is given.
-    update = train_locally(deepcopy(model), BINARY, arrays_of(model), records, plan, noise, round)
+    arrays = arrays_of(model)
+    update = train_locally(model, BINARY, arrays, records, plan, noise, round)
+    # A step moves the model that it is given.
+    load_arrays(model, arrays)
     return -flatten(update.delta).astype(np.float64) * plan.expected_batch
 
 

@@ -2,8 +2,9 @@
 
 Privacy loss distributions (PLD; Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, "Connect the Dots", PoPETs
 2022) by Google's dp-accounting, pessimistically discretised, so every figure is an upper bound. Relation:
-add or remove one unit. Steps with discrete noise are Gaussian steps and a gap that is added to delta:
-docs/accounting.md has the theorem and its proof. Tests cross-check Opacus's PRV accountant.
+add or remove one unit, or one person's units at several sites of a sum. Steps with discrete noise are
+Gaussian steps and a gap that is added to delta: docs/accounting.md has the theorem and its proof. Tests
+cross-check Opacus's PRV accountant.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lepton_fl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dp_accounting.pld import PLDAccountant
+    import numpy as np
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+    from numpy.typing import NDArray
 
 GATE = 1e-3
 """Coarsest discretisation of the privacy loss, for decisions."""
@@ -47,10 +48,12 @@ class Gaussian:
     sampling_rate: float
     """Probability with which each unit enters a step, independently."""
     steps: int
+    sites_per_unit: int = 1
+    """Sites of the sum, each sampling by itself, that may hold a unit of one person: added together."""
 
     def __post_init__(self) -> None:
         _check(self.noise_multiplier, "noise_multiplier", "must be finite, above 0", above=0)
-        _check_steps(self.sampling_rate, self.steps)
+        _check_steps(self.sampling_rate, self.steps, self.sites_per_unit)
 
     @property
     def gap(self) -> float:
@@ -69,8 +72,8 @@ class DiscreteGaussian:
     **Formal guarantee** (theorem of docs/accounting.md). In a step a site clips, adds up, scales and rounds
     its sampled units' gradients, and adds to each coordinate one share: a discrete Gaussian of parameter
     `share`. Against whoever does not know `shares` of the shares in what is opened, the steps cost a unit of
-    the site what as many Poisson-subsampled Gaussian steps of multiplier `noise_multiplier` cost, with
-    (1 + e^epsilon) `gap` added to delta.
+    the site, or a person's units at `sites_per_unit` of the sites, what as many Poisson-subsampled Gaussian
+    steps of multiplier `noise_multiplier` cost, with (1 + e^epsilon) `gap` added to delta.
     """
 
     clip: float
@@ -89,6 +92,8 @@ class DiscreteGaussian:
     sampling_rate: float
     """Probability with which each unit enters a step, independently."""
     steps: int
+    sites_per_unit: int = 1
+    """Sites of the sum, each sampling by itself, that may hold a unit of one person: added together."""
 
     def __post_init__(self) -> None:
         _check(self.clip, "clip", "must be finite, above 0", above=0)
@@ -101,13 +106,13 @@ class DiscreteGaussian:
             raise ValueError(f"shares {self.shares} must be 1 to 2^32")
         if not 0 <= self.sampler_distance < 1:
             raise ValueError(f"sampler_distance {self.sampler_distance} must be in [0, 1)")
-        _check_steps(self.sampling_rate, self.steps)
+        _check_steps(self.sampling_rate, self.steps, self.sites_per_unit)
         if self.noise_multiplier <= 0:
             raise ValueError(f"share {self.share} is no noise at sensitivity {self.sensitivity}")
 
     @property
     def sensitivity(self) -> float:
-        """L2 bound, in integers, on what one unit changes; see `sensitivity`."""
+        """L2 bound, in integers, on what one unit at one site changes; see `sensitivity`."""
         return sensitivity(clip=self.clip, scale=self.scale, slack=self.slack, coordinates=self.coordinates)
 
     @property
@@ -154,12 +159,12 @@ def epsilon(events: Iterable[Event], delta: float, *, interval: float | None = N
     privacy loss; None chooses one for which it is at most 5 % above the finest. `inf` where no finite
     epsilon is sustained at this delta, or none within 1 of the epsilon without the events' gaps.
     """
-    steps: Counter[tuple[float, float]] = Counter()
+    steps: Counter[tuple[float, float, int]] = Counter()
     gap = 0.0
     for event in events:
-        steps[event.noise_multiplier, event.sampling_rate] += event.steps
+        steps[event.noise_multiplier, event.sampling_rate, event.sites_per_unit] += event.steps
         gap += event.gap
-    merged = tuple(sorted((s, q, n) for (s, q), n in steps.items() if n > 0))
+    merged = tuple(sorted((*kind, n) for kind, n in steps.items() if n > 0))
     return _epsilon(merged, delta, interval, gap)
 
 
@@ -174,6 +179,7 @@ def calibrate(
     delta: float,
     sampling_rate: float,
     steps: int,
+    sites_per_unit: int = 1,
     gap: float = 0.0,
     beside: Gaussian | None = None,
 ) -> float:
@@ -185,24 +191,30 @@ def calibrate(
     Raises:
         ConfigError: no noise multiplier up to 1e5 does.
     """
-    return _calibrate(epsilon, delta, sampling_rate, steps, gap, beside)
+    return _calibrate(epsilon, delta, sampling_rate, sites_per_unit, steps, gap, beside)
 
 
 @lru_cache(maxsize=256)
 def _calibrate(
-    target: float, delta: float, sampling_rate: float, steps: int, gap: float, beside: Gaussian | None
+    target: float,
+    delta: float,
+    sampling_rate: float,
+    sites_per_unit: int,
+    steps: int,
+    gap: float,
+    beside: Gaussian | None,
 ) -> float:
     from scipy.optimize import brentq
 
     def excess(sigma: float) -> float:
-        kinds = [(sigma, sampling_rate, steps)]
+        kinds = [(sigma, sampling_rate, sites_per_unit, steps)]
         if beside is not None:
-            kinds.append((beside.noise_multiplier, beside.sampling_rate, beside.steps))
+            kinds.append((beside.noise_multiplier, beside.sampling_rate, beside.sites_per_unit, beside.steps))
         # Where the gap leaves no finite epsilon there is a way to go still.
         return min(_epsilon(tuple(sorted(kinds)), delta, None, gap), _EPSILON_MAX) - target
 
     # The privacy loss of a tiny sigma is enormous to discretise, so come from above.
-    high = 1.0
+    high = float(sites_per_unit)
     while excess(high) > 0:
         high *= 2
         if high > _SIGMA_MAX:
@@ -228,25 +240,27 @@ def _on_grid(step: int) -> float:
     return round(step * _SIGMA_STEP, 10)
 
 
-_Merged = tuple[tuple[float, float, int], ...]
-"""(noise multiplier, sampling rate, steps), each kind once."""
+_Merged = tuple[tuple[float, float, int, int], ...]
+"""(noise multiplier, sampling rate, sites per unit, steps), each kind once."""
 
 
 @lru_cache(maxsize=4096)
 def _epsilon(merged: _Merged, delta: float, interval: float | None, gap: float) -> float:
+    import numpy as np
+
     if not merged:
         return 0.0
     # Where the loss is beyond float64, dp-accounting divides by next to nothing and takes the infinity.
     with np.errstate(over="ignore"):
-        accountant = _accountant(merged, _interval(merged) if interval is None else interval)
-        without = float(accountant.get_epsilon(delta))
+        loss = _composed(merged, _interval(merged) if interval is None else interval)
+        without = float(loss.get_epsilon_for_delta(delta))
         if gap == 0:
             return without
         # delta pays for the gap at an epsilon of 1 more, and so at any below it: no search for the least.
         if without + 1 >= math.log(delta / gap):
             return math.inf
         left = delta - (1 + math.exp(without + 1)) * gap
-        within = float(accountant.get_epsilon(left)) if left > 0 else math.inf
+        within = float(loss.get_epsilon_for_delta(left)) if left > 0 else math.inf
         return within if within <= without + 1 else math.inf
 
 
@@ -256,27 +270,49 @@ def _interval(merged: _Merged) -> float:
     A loss that is smaller than the interval is discretised to one many times as large. The choice depends on
     the kinds of steps and not on their number, so that more of a kind never seem to cost less.
     """
+    import numpy as np
+
     # No larger than GATE, whatever the loss: there are sigmas whose loss float64 does not hold.
-    spreads = [q * math.sqrt(math.expm1(min(sigma**-2, 100.0))) for sigma, q, _ in merged]
-    # Ten standard deviations of noise out, where a sampled unit shows most.
-    widest = max(math.log(q) + (20 * sigma + 1) / (2 * sigma**2) for sigma, q, _ in merged)
+    spreads, widest = [], -math.inf
+    for sigma, q, sites, _ in merged:
+        taken, chance = np.arange(sites + 1), _taken(q, sites)
+        with np.errstate(divide="ignore"):
+            # Ten standard deviations of noise out, where sampled units show most.
+            most = np.log(chance) + taken * (20 * sigma + 2 * sites - taken) / (2 * sigma**2)
+        widest = max(widest, most[1:].max())
+        # The chi-squared divergence of the mixture: of one site, q^2 (exp(1 / sigma^2) - 1).
+        pairs = np.expm1(np.minimum(np.outer(taken, taken) / sigma**2, 100.0))
+        spreads.append(math.sqrt(chance @ pairs @ chance))
     # Finer than that, of what the largest loss asks, takes seconds and changes next to nothing.
     fine = max(min(spreads) / 2, max(spreads) * 2.0**-8, widest * 2.0**-13)
     return GATE * 2.0 ** -max(0, math.ceil(math.log2(GATE / fine)))
 
 
-def _accountant(merged: _Merged, interval: float) -> PLDAccountant:
-    import dp_accounting
-    from dp_accounting.pld import PLDAccountant
+def _composed(merged: _Merged, interval: float) -> PrivacyLossDistribution:
+    from functools import reduce
 
-    accountant = PLDAccountant(
-        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-        value_discretization_interval=interval,
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    from lepton_fl.privacy.several_sites import privacy_loss
+
+    losses = (
+        (
+            from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=interval)
+            if sites == 1
+            else privacy_loss(sigma, _taken(q, sites), interval)
+        ).self_compose(steps)
+        for sigma, q, sites, steps in merged
     )
-    for noise_multiplier, sampling_rate, steps in merged:
-        step = dp_accounting.GaussianDpEvent(noise_multiplier)
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(sampling_rate, step), steps)
-    return accountant
+    return reduce(lambda one, other: one.compose(other), losses)
+
+
+def _taken(sampling_rate: float, sites: int) -> NDArray[np.float64]:
+    """How likely 0, 1, ... of a person's units at so many sites are sampled in one step."""
+    import numpy as np
+    from scipy.stats import binom
+
+    chance: NDArray[np.float64] = binom.pmf(np.arange(sites + 1), sites, sampling_rate)
+    return chance
 
 
 def _check(value: float, name: str, rule: str, *, above: float = -math.inf, least: float = -math.inf) -> None:
@@ -284,7 +320,8 @@ def _check(value: float, name: str, rule: str, *, above: float = -math.inf, leas
         raise ValueError(f"{name} {value} {rule}")
 
 
-def _check_steps(sampling_rate: float, steps: int) -> None:
+def _check_steps(sampling_rate: float, steps: int, sites_per_unit: int) -> None:
     if not 0 < sampling_rate <= 1:
         raise ValueError(f"sampling_rate {sampling_rate} must be in (0, 1]")
     _check(steps, "steps", "must not be negative", least=0)
+    _check(sites_per_unit, "sites_per_unit", "must be 1 or more", least=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.privacy.accounting import DiscreteGaussian, Gaussian, calibrate, epsilon, gap_allowance
@@ -28,18 +29,25 @@ class Exposure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guarantee:
-    """What one study promises the owner of one unit's records at one site.
+    """What one study promises the owner of one unit's records at one site, or of one at each of m sites.
 
-    **Formal guarantee.** With noise multiplier sigma = `event.noise_multiplier`, the sequence of updates
-    that a site releases in `event.steps` steps (under shared noise: of the sums that they enter) is
-    (epsilon, delta)-differentially private under adding or removing one unit of that site (Abadi et al.
-    2016, DP-SGD; composed by PLD). Exact figures that a policy lets out are not part of it. With discrete
-    noise on integers it is `discrete` that the steps cost, within the same (epsilon, delta).
+    **Formal guarantee.** With noise multiplier sigma = `event.noise_multiplier`, the sequence of updates that
+    the sites release in the study's steps (under shared noise: of the sums that they enter) is
+    (epsilon, delta)-differentially private under adding or removing one unit of one site, or, with
+    m = `privacy.max_sites_per_unit`, one unit at each of up to m sites at once (Abadi et al. 2016, DP-SGD;
+    docs/accounting.md; composed by PLD). Exact figures that a policy lets out are not part of it. With
+    discrete noise on integers it is `discrete` that the steps cost, within the same (epsilon, delta).
+
+    A site is charged what is promised: the loss of the person, whom it does not know to be at one site only.
     """
 
     study: Study
     event: Gaussian | None
-    """The whole study's training, as continuous noise would have it. None where the study adds no noise."""
+    """The whole study's training, as continuous noise would have it. None where the study adds no noise.
+
+    Of m sites it has m times the steps under local noise, where the release of each has noise of its own;
+    under shared noise each step is one of `sites_per_unit` = m.
+    """
     metrics: Gaussian | None = None
     """What the histogram of scores costs beside it, where the study releases one with noise.
 
@@ -48,6 +56,7 @@ class Guarantee:
     """
 
     @classmethod
+    @lru_cache(maxsize=16)
     def of(cls, study: Study) -> Guarantee:
         """Calibrate the study's noise to its epsilon over all rounds it may charge.
 
@@ -56,28 +65,41 @@ class Guarantee:
         privacy = study.privacy
         if privacy.noise == "none" or privacy.epsilon is None or privacy.delta is None:
             return cls(study=study, event=None)
+        apart, together = _sites_of_one(study)
         metrics = None
         if study.metrics_epsilon is not None:
             of_metrics = calibrate(
-                epsilon=study.metrics_epsilon, delta=privacy.delta, sampling_rate=1.0, steps=1
+                epsilon=study.metrics_epsilon,
+                delta=privacy.delta,
+                sampling_rate=1.0,
+                steps=apart,
+                sites_per_unit=together,
             )
-            metrics = Gaussian(noise_multiplier=of_metrics, sampling_rate=1.0, steps=1)
-        rate, steps = study.train.sample_rate, study.charged_steps
+            metrics = Gaussian(
+                noise_multiplier=of_metrics, sampling_rate=1.0, steps=apart, sites_per_unit=together
+            )
+        rate, steps = study.train.sample_rate, study.charged_steps * apart
         sigma = calibrate(
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             sampling_rate=rate,
             steps=steps,
+            sites_per_unit=together,
             gap=gap_allowance(epsilon=privacy.epsilon, delta=privacy.delta),
             beside=metrics,
         )
-        event = Gaussian(noise_multiplier=sigma, sampling_rate=rate, steps=steps)
+        event = Gaussian(noise_multiplier=sigma, sampling_rate=rate, steps=steps, sites_per_unit=together)
         return cls(study=study, event=event, metrics=metrics)
+
+    def __hash__(self) -> int:
+        return hash(self.study)
 
     @property
     def round_event(self) -> Gaussian | None:
         """One round's part of `event`, for plans; what a site is charged is `discrete`."""
-        return None if self.event is None else replace(self.event, steps=self.study.train.local_steps)
+        if self.event is None:
+            return None
+        return replace(self.event, steps=self.event.steps // self.study.train.charged_rounds)
 
     def epsilon_after(self, rounds: int) -> float | None:
         """Epsilon after so many rounds at a site that took part in each."""
@@ -86,6 +108,7 @@ class Guarantee:
             return None
         return epsilon([event.times(rounds)], self.study.privacy.delta)
 
+    @lru_cache(maxsize=64)  # noqa: B019 - as few as there are studies and cohorts
     def shares(self, cohort: int) -> int:
         """Honest shares at least in what is opened, of which the calibrated noise consists; local: one.
 
@@ -140,8 +163,12 @@ class Guarantee:
         privacy, train = self.study.privacy, self.study.train
         if self.event is None or privacy.epsilon is None or privacy.delta is None:
             raise ConfigError(f"study {self.study.study.name}: privacy.noise = 'none' costs nothing")
+        apart, together = _sites_of_one(self.study)
         event = lattice.event(
-            sampling_rate=train.sample_rate, steps=train.local_steps, sampler_distance=sampler_distance
+            sampling_rate=train.sample_rate,
+            steps=train.local_steps * apart,
+            sampler_distance=sampler_distance,
+            sites_per_unit=together,
         )
         gap = event.times(train.charged_rounds).gap
         allowed = gap_allowance(epsilon=privacy.epsilon, delta=privacy.delta)
@@ -163,33 +190,48 @@ class Guarantee:
         if privacy.delta is None:
             return ()
         if privacy.noise != "shared":
-            hidden = {self.holds_against: 1}
+            hidden = {self.holds_against: event}
         else:
             members = f"{colluders} member{'' if colluders == 1 else 's'}"
             shares, survivors = self.shares(cohort), self.study.survivors(cohort)
             # In a part of the sum the colluders' shares need not be: none is counted.
             alone = survivors if cohort <= COMPLETE else shares
-            hidden = {"the server alone, and every reader of the model": alone}
+            most = replace(event, shares=shares)
+            hidden = {"the server alone, and every reader of the model": replace(event, shares=alone)}
             if colluders:
-                hidden[f"the server and {members} together"] = shares
-                hidden[f"{members}, by what {'it knows' if colluders == 1 else 'they know'}"] = shares
+                hidden[f"the server and {members} together"] = most
+                hidden[f"{members}, by what {'it knows' if colluders == 1 else 'they know'}"] = most
             if shares > 1:
-                hidden["the server and all other members together"] = 1
+                # They know the person's records at their own sites.
+                left = replace(event, shares=1, sites_per_unit=1)
+                hidden["the server and all other members together"] = left
         return tuple(
             Exposure(
                 against=against,
-                epsilon=epsilon(
-                    [replace(event, shares=shares).times(self.study.train.charged_rounds)], privacy.delta
-                ),
+                epsilon=epsilon([seen.times(self.study.train.charged_rounds)], privacy.delta),
             )
-            for against, shares in hidden.items()
+            for against, seen in hidden.items()
         )
 
     @property
     def unit(self) -> str:
         """The unit in words: `record`, or `customer_id (all records of one, at one site)`."""
-        unit = self.study.privacy.unit
-        return unit if unit == "record" else f"{unit} (all records of one, at one site)"
+        unit, sites = self.study.privacy.unit, self.study.privacy.max_sites_per_unit
+        where = "one site" if sites == 1 else f"up to {sites} sites together"
+        if unit == "record":
+            return unit if sites == 1 else f"record (one at each of {where})"
+        return f"{unit} (all records of one, at {where})"
+
+    @property
+    def unit_said(self) -> str:
+        """One plain sentence on what the unit is, and what it is not."""
+        unit, sites = self.study.privacy.unit, self.study.privacy.max_sites_per_unit
+        its = "" if unit == "record" else ", with all its records there"
+        if sites == 1:
+            where, more = "one site", "several sites has a unit at each"
+        else:
+            where, more = f"each of up to {sites} sites", f"more than {sites} sites has several units"
+        return f"The unit is one {unit} at {where}{its}: whoever is at {more}, and what each costs adds up."
 
     @property
     def holds_against(self) -> str:
@@ -219,6 +261,15 @@ class Guarantee:
         if self.event is None:
             return "No differential privacy: updates are exact, and records may be read from them."
         return (
-            f"Epsilon {privacy.epsilon:g}, delta {privacy.delta:g} per {self.unit} of this site, "
-            f"against {self.holds_against}."
+            f"Epsilon {privacy.epsilon:g}, delta {privacy.delta:g} per {self.unit}"
+            f"{' of this site' if privacy.max_sites_per_unit == 1 else ''}, against {self.holds_against}."
         )
+
+
+def _sites_of_one(study: Study) -> tuple[int, int]:
+    """At how many sites one person counts: (each under noise of its own, all in one sum under shared noise).
+
+    One of the two is 1.
+    """
+    sites = study.privacy.max_sites_per_unit
+    return (1, sites) if study.privacy.noise == "shared" else (sites, 1)

@@ -129,7 +129,9 @@ class Lattice:
         """
         return Quantiser.at_scale(self.scale * divisor, max_n=self.cohort, tails=self.tails)
 
-    def event(self, *, sampling_rate: float, steps: int, sampler_distance: float) -> DiscreteGaussian:
+    def event(
+        self, *, sampling_rate: float, steps: int, sampler_distance: float, sites_per_unit: int = 1
+    ) -> DiscreteGaussian:
         """What so many steps on this lattice cost, given the total variation of one drawn share."""
         return DiscreteGaussian(
             clip=self.clip,
@@ -141,4 +143,5 @@ class Lattice:
             sampler_distance=sampler_distance,
             sampling_rate=sampling_rate,
             steps=steps,
+            sites_per_unit=sites_per_unit,
         )

@@ -1,4 +1,4 @@
-"""Training at one site: DP-SGD with Opacus. The only package that imports opacus."""
+"""Training at one site: DP-SGD, its steps taken by Opacus. The only package that imports opacus."""
 
 from lepton_fl.training.local import LocalPlan, LocalUpdate, train_locally
 from lepton_fl.training.noise import Noise, SimulationNoise, UnseededNoise

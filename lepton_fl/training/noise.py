@@ -5,8 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
+
+from lepton_fl.secagg.masks import keystream
+
+_STATE = slice(24, 24 + 624 * 8)
+"""Where torch keeps the words of its generator on the CPU, each of 32 bits, in 64."""
 
 
 class Noise(ABC):
@@ -59,3 +67,17 @@ class UnseededNoise(Noise):
 
     def key(self, purpose: str, round: int = 0) -> bytes:  # noqa: ARG002 - the same
         return os.urandom(32)
+
+
+@contextmanager
+def drawing(key: bytes) -> Iterator[None]:
+    """Within, what a model draws by itself (dropout) is of torch's generator in a state of the key's stream.
+
+    No process seeds that generator, and then everybody knows what it draws. Units must have masks that are
+    independent of how many others there are, so the state is secret, and all of it: a seed would be 32 bits.
+    """
+    state = torch.Generator().manual_seed(0).get_state()
+    state[_STATE] = torch.from_numpy(keystream(key, start=0, count=624).astype(np.int64).view(np.uint8))
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.secagg.masks import keystream
+from lepton_fl.secagg.masks import Keystream
 
 _WHOLE = 1 << 64
 _WORDS = 2
@@ -23,7 +23,8 @@ class PoissonSampler:
     def __init__(self, units: int, rate: float, key: bytes) -> None:
         """`key` is 32 bytes for this object alone: who knows it knows who was sampled."""
         self._units = units
-        self._key = key
+        self._stream = Keystream(key)
+        self._word_W = np.empty(_WORDS * units, np.uint32)
         # A float64 times 2^64 is a whole number down to rates of 2^-11, and else is rounded down.
         self._threshold = int(rate * float(_WHOLE))
         self.rate = self._threshold / _WHOLE
@@ -31,8 +32,8 @@ class PoissonSampler:
 
     def draw(self, step: int) -> NDArray[np.int64]:
         """Indices of the units in this step, ascending."""
-        count = _WORDS * self._units
-        drawn_U = keystream(self._key, start=count * step, count=count).view("<u8")
         if self._threshold >= _WHOLE:
             return np.arange(self._units)
+        self._stream.fill(self._word_W, start=len(self._word_W) * step)
+        drawn_U = self._word_W.astype("<u4", copy=False).view("<u8")
         return np.flatnonzero(drawn_U < np.uint64(self._threshold))

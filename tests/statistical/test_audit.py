@@ -19,6 +19,7 @@ from lepton_fl.privacy.discrete_gaussian import sample
 from lepton_fl.secagg.fixedpoint import Quantiser
 from lepton_fl.site import secure
 from lepton_fl.training import local
+from lepton_fl.training.bookkeeping import ClippedSum, norms
 from lepton_fl.training.sampling import PoissonSampler
 
 
@@ -89,31 +90,37 @@ def clip_times(factor):
     """Another clip than the plan's, with noise for the plan's."""
 
     def plant(patch):
-        clip_and_accumulate = local._LatticeOptimizer.clip_and_accumulate
+        call = ClippedSum.__call__
 
-        def other(self):
-            clip, self.max_grad_norm = self.max_grad_norm, factor * self.max_grad_norm
-            clip_and_accumulate(self)
-            self.max_grad_norm = clip
+        def other(self, *args):
+            clip, self.clip = self.clip, factor * self.clip
+            try:
+                return call(self, *args)
+            finally:
+                self.clip = clip
 
-        patch.setattr(local._LatticeOptimizer, "clip_and_accumulate", other)
+        patch.setattr(ClippedSum, "__call__", other)
 
     return plant
 
 
 def infinite_gradients_pass(patch):
-    patch.setattr(local, "_zero_unless_finite", lambda gradients: None)
+    def passing(self, x_CF, y_C):
+        factors = self.bookkeeper.factors(x_CF, y_C)
+        return factors, *norms(factors)
+
+    patch.setattr(ClippedSum, "_finite", passing)
 
 
 def a_unit_is_its_records(patch):
     """Each record clipped for itself: a unit of many moves the sum by as many clips."""
 
-    attach = local._attach_unit_gradients
+    call = ClippedSum.__call__
 
-    def by_record(model, task, x_NF, y_N, index_B, owner_B, units):
-        attach(model, task, x_NF, y_N, index_B, torch.arange(len(index_B)), len(index_B))
+    def by_record(self, x_NF, y_N, index_B, owner_B, weight_B, units):
+        return call(self, x_NF, y_N, index_B, torch.arange(len(index_B)), weight_B, len(index_B))
 
-    patch.setattr(local, "_attach_unit_gradients", by_record)
+    patch.setattr(ClippedSum, "__call__", by_record)
 
 
 def rounding_to_fours(patch):

@@ -15,7 +15,7 @@ from torch import nn
 from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.tasks import arrays_of
 from lepton_fl.tasks.task import BINARY
-from lepton_fl.training import LocalPlan, SimulationNoise, local, train_locally
+from lepton_fl.training import LocalPlan, SimulationNoise, bookkeeping, train_locally
 
 SIGMA, CLIP, BATCH = 1.7, 0.3, 25.0
 FEATURES, HIDDEN = 199, 100
@@ -111,10 +111,9 @@ def test_nobody_is_hidden_by_the_same_noise(nobody):
     assert accepted(update(nobody, SIGMA), STATED)
 
 
-@pytest.mark.parametrize("units", [1, 7])
-def test_micro_batches_share_one_noise(records, monkeypatch, units):
-    """Once a step: not once a micro-batch, and not in the last one's share."""
-    monkeypatch.setattr(local, "MICRO_BATCH_UNITS", units)
+def test_blocks_share_one_noise(records, monkeypatch):
+    """Once a step: not once a block, and not in the last one's share."""
+    monkeypatch.setattr(bookkeeping, "MOST_ROWS", 32)
 
     assert accepted(residual(records, SIGMA), STATED)
 

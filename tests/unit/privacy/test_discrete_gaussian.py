@@ -149,16 +149,27 @@ def test_a_smaller_count_is_the_beginning():
     assert len(discrete_gaussian.sample(5000.0, 0, key=KEY)) == 0
 
 
+@pytest.mark.parametrize("sigma", [3.0, 5e3, 1e6])
+@pytest.mark.parametrize("count", [0, 1, 30_001])
+def test_rows_are_what_each_key_draws_by_itself(sigma, count):
+    keys = [bytes([k]) * 32 for k in range(5)]
+    rows = discrete_gaussian.samples(sigma, count, keys=keys)
+
+    assert rows.shape == (5, count)
+    for row, key in zip(rows, keys, strict=True):
+        assert (row == discrete_gaussian.sample(sigma, count, key=key)).all()
+
+
 def test_levels_share_no_bits(monkeypatch):
     """No word of the key's mask is read twice."""
     read = []
-    keystream = discrete_gaussian.masks.keystream
+    fill = discrete_gaussian.masks.Keystream.fill
 
-    def recorded(key, *, start, count):
-        read.append(range(start, start + count))
-        return keystream(key, start=start, count=count)
+    def recorded(stream, out_L, *, start):
+        read.append(range(start, start + len(out_L)))
+        fill(stream, out_L, start=start)
 
-    monkeypatch.setattr(discrete_gaussian.masks, "keystream", recorded)
+    monkeypatch.setattr(discrete_gaussian.masks.Keystream, "fill", recorded)
     discrete_gaussian.sample(1e6, 100_000, key=KEY)
     spans = sorted((span for span in read if len(span)), key=lambda span: span.start)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from lepton_fl.training import local
+from lepton_fl.training import bookkeeping
 
 SIZES = [1, 7, 2, 1, 3, 5, 1, 4, 6, 1, 2, 1]
 
@@ -72,14 +72,16 @@ def test_a_step_is_the_sum_of_clipped_units(model, make_records, plan, train, cl
     assert_same(train(model, records, one).delta, expected)
 
 
-@pytest.mark.parametrize("size", [1, 5, 11, 12, 13])
-def test_micro_batches_change_nothing(model, make_records, plan, train, monkeypatch, size):
-    """However many units are held at once, the step is the same."""
-    records = make_records(SIZES)
+@pytest.mark.parametrize("rows", [32, 64, 96])
+def test_blocks_change_nothing(model, make_records, plan, train, monkeypatch, rows):
+    """However many records are held at once, the step is the same; one unit is more than a block of some."""
+    records = make_records([*SIZES, 40, *SIZES])
     expected = reference(model, records, plan())
-    monkeypatch.setattr(local, "MICRO_BATCH_UNITS", size)
+    monkeypatch.setattr(bookkeeping, "MOST_ROWS", rows)
 
-    assert_same(train(model, records, plan()).delta, expected)
+    assert_same(
+        train(model, records, plan(expected_batch=90.0)).delta, {n: v / 9 for n, v in expected.items()}
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

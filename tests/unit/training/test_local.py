@@ -1,9 +1,12 @@
 """A round of local training: who is sampled, what runs on nothing, and what it says of itself."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from lepton_fl.errors import ConfigError, ProtocolError
@@ -12,7 +15,9 @@ from lepton_fl.privacy.lattice import SLACK, Lattice
 from lepton_fl.tasks import arrays_of, load_arrays
 from lepton_fl.tasks.task import BINARY
 from lepton_fl.training import LocalPlan, LocalUpdate, SimulationNoise, UnseededNoise, train_locally
+from lepton_fl.training.bookkeeping import Bookkeeper
 from lepton_fl.training.local import NO_CLIP
+from lepton_fl.training.noise import _STATE, drawing
 
 
 def lattice_of(noise_multiplier, clip):
@@ -207,7 +212,7 @@ def test_malformed_arrays_are_refused_and_the_model_is_untouched(make_model, mak
         assert all(np.array_equal(after[name], before[name]) for name in before), what
 
 
-def left_by_opacus(model, untrained):
+def left_behind(model, untrained):
     for parameter in model.parameters():
         yield from vars(parameter)
         yield from [] if parameter.grad is None else ["grad"]
@@ -216,23 +221,51 @@ def left_by_opacus(model, untrained):
         yield from set(vars(module)) - set(vars(plain))
 
 
-def test_nothing_of_opacus_is_left(make_model, make_records, plan, train):
-    """No hook, no gradient of a record, no sum before its noise: the next round starts from a plain model."""
+def test_nothing_is_left(make_model, make_records, plan, train):
+    """No hook, no factor of a record, no sum before its noise: the next round starts from a plain model."""
     model = make_model(4, [3])
     train(model, make_records([2] * 5), plan(noise_multiplier=1.0, steps=2))
 
-    assert list(left_by_opacus(model, make_model(4, [3]))) == []
+    assert list(left_behind(model, make_model(4, [3]))) == []
 
 
-def test_nothing_of_opacus_is_left_after_a_failure(make_model, make_records, plan):
-    """An interrupted round leaves no record's input behind, and no hook that would collect more."""
-    model = make_model()
-    records = make_records([1] * 5)
-    records.y_N = records.y_N[:, None]
+def test_a_model_and_its_records_are_freed(make_model, make_records, plan, train):
+    """What is prepared once for a model keeps neither alive."""
+    model, records = make_model(4, [3]), make_records([2] * 5)
+    train(model, records, plan())
+    model_seen, records_seen = weakref.ref(model), weakref.ref(records.x_NF)
 
-    with pytest.raises(ValueError, match="size"):
-        train_locally(model, BINARY, arrays_of(model), records, plan(), SimulationNoise(1, "n"), 1)
-    assert list(left_by_opacus(model, make_model())) == []
+    del model, records
+    gc.collect()
+
+    assert model_seen() is None
+    assert records_seen() is None
+
+
+class Trap(nn.Module):
+    """A layer that fails once it is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.is_set = nn.Linear(4, 1), False
+
+    def forward(self, x_BF):
+        y_B = self.line(x_BF).squeeze(-1)
+        if self.is_set:
+            raise RuntimeError("caught")
+        return y_B
+
+
+def test_nothing_is_left_after_a_failure(make_records, plan, train):
+    """An interrupted round leaves no record's input behind, and no layer that would keep more."""
+    model, records = Trap(), make_records([1] * 5)
+    train(model, records, plan())
+    model.is_set = True
+
+    with pytest.raises(RuntimeError, match="caught"):
+        train(model, records, plan())
+    assert list(left_behind(model, Trap())) == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_model_is_trained_round_after_round(make_model, make_records, plan, train):
@@ -402,13 +435,10 @@ def stepped(model, records, plan, train, mu):
     return now
 
 
-@pytest.mark.parametrize("at_once", [2, 2048])
-def test_the_pull_is_the_gradient_of_the_proximal_term(
-    make_model, make_records, plan, train, monkeypatch, at_once
-):
-    """mu (w - received) at each step, once, however many batches the step is cut into."""
-    monkeypatch.setattr("lepton_fl.training.local.MICRO_BATCH_UNITS", at_once)
-    records, steps = make_records([1] * 5), plan(steps=4, lr=0.5)
+@pytest.mark.parametrize("units", [5, 100])
+def test_the_pull_is_the_gradient_of_the_proximal_term(make_model, make_records, plan, train, units):
+    """mu (w - received) at each step, once, however many blocks the step is cut into."""
+    records, steps = make_records([1] * units), plan(steps=4, lr=0.5)
     model = make_model(4, [3])
     start = arrays_of(model)
 
@@ -458,3 +488,65 @@ def test_the_pull_is_the_studys(make_study):
 
     assert found == [replace(found[1], proximal_mu=0.25), found[1]]
     assert found[1].proximal_mu == 0.0
+
+
+def test_a_model_is_tried_at_the_threads_that_it_is_trained_with(
+    make_model, make_records, plan, train, monkeypatch
+):
+    """Once for each number of them."""
+    tried, of, records = [], Bookkeeper.of, make_records([1] * 5)
+
+    def counted(*given, **named):
+        tried.append(torch.get_num_threads())
+        return of(*given, **named)
+
+    monkeypatch.setattr(Bookkeeper, "of", counted)
+    model = make_model()
+    for threads in (1, 1, 3, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        train(model, records, plan())
+
+    assert tried == [1, 3]
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1))
+
+    def forward(self, x_BF):
+        return self.layers(x_BF).squeeze(-1)
+
+
+def test_what_a_model_draws_is_of_the_sites_own_keys(make_records, plan):
+    """And not of torch's generator, whose draws everybody knows where nobody seeds it."""
+    records, model = make_records([1] * 30), Dropping()
+    arrays = arrays_of(model)
+
+    def dropped(noise, round=1):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        update = train_locally(model, BINARY, arrays, records, plan(), noise, round)
+        assert torch.equal(torch.get_rng_state(), before)
+        return np.concatenate([a.ravel() for a in update.delta.values()])
+
+    assert (dropped(UnseededNoise()) != dropped(UnseededNoise())).any()
+    assert (dropped(SimulationNoise(0, "a")) != dropped(SimulationNoise(0, "b"))).any()
+    assert (dropped(SimulationNoise(0, "a")) == dropped(SimulationNoise(0, "a"))).all()
+
+
+def test_draws_of_a_key_are_uniform_and_no_others():
+    """The whole state of torch's generator, as it lays it out."""
+
+    def drawn(key):
+        with drawing(key):
+            return torch.rand(100_000, dtype=torch.float64)
+
+    one, other = drawn(bytes(32)), drawn(bytes([1] * 32))
+    assert abs(float(one.mean()) - 0.5) < 5 / (12 * 100_000) ** 0.5
+    assert not (one == other).any()
+    assert torch.equal(one, drawn(bytes(32)))
+    state = torch.Generator().manual_seed(7).get_state()[_STATE].numpy().view(np.uint64)
+    assert state[0] == 7
+    assert (state < 1 << 32).all()
+    assert len(np.unique(state)) == 624

@@ -1,0 +1,311 @@
+"""Sums of clipped gradients by book-keeping: one forward and one backward pass, of activations only.
+
+S sampled units, B their records, M rows of a block, U units of a block, R records of a unit, F features, L
+parameters. docs/accounting.md ("slack") says what each choice of precision here is for.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lepton_fl.errors import ConfigError
+from lepton_fl.tasks.task import TaskSpec
+from lepton_fl.training.layers import Factor, Recorder, Tape, written_out
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+"""Between a gradient by book-keeping and the record's own backward pass, relative."""
+ROWS = 32
+"""A block has a multiple of it, or one: no vector instruction is left a remainder that rounds otherwise."""
+MOST_ROWS = 2048
+HELD_NUMBERS = 1 << 26
+"""Numbers that the factors of one block hold, about."""
+CANCELLED = 2.0**-8
+"""Of the largest that a unit's gradient could be, given its factors: where they cancel to less, it is clipped
+as if it were that long, since what is left may be rounding."""
+
+
+def clip_weights(square_U: Tensor, bound_U: Tensor, clip: float) -> Tensor:
+    """What each unit's gradient is multiplied by, given its squared norm and the square of a bound on it.
+
+    At most clip / norm, and at most 1; 0 where the bound is not finite.
+    """
+    longest_U = torch.maximum(square_U.sqrt(), CANCELLED * bound_U.sqrt())
+    weight_U = clip / longest_U.clamp(min=clip)
+    return torch.where(torch.isfinite(bound_U), weight_U, 0.0)
+
+
+def norms(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
+    """Squared norms over all parameters, and the squares of bounds on them, [..., N]."""
+    squares, bounds = zip(*(factor.norms() for factor in factors), strict=True)
+    return sum(squares[1:], squares[0]), sum(bounds[1:], bounds[0])
+
+
+@dataclass
+class Bookkeeper:
+    """What a model's gradients are made of, record by record, for blocks of one fixed number of rows.
+
+    Guarantee: what is said of a record by `Bookkeeper.of`'s is, bit by bit, a function of the record and the
+    parameters: in blocks of one shape the arithmetic of a row depends neither on where it stands nor on
+    what else is in the block. It is tried; where it does not hold, matrices are padded; where that does not
+    help, a block is one record. More precision would not do: a deep network at parameters that a server
+    chose makes of the last bit of a float64 another gradient.
+    """
+
+    model: nn.Module
+    task: TaskSpec
+    rows: int
+    """M, of every block."""
+    padded: bool = False
+    """Whether matrices have zeros around them."""
+
+    def __post_init__(self) -> None:
+        where, at = {}, 0
+        for parameter in self.model.parameters():
+            where[id(parameter)] = slice(at, at + parameter.numel())
+            at += parameter.numel()
+        self.size = at
+        """L."""
+        self._tape, self._recorder = Tape(where, self.padded), Recorder(self.model)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, task: TaskSpec, *, like: tuple[Tensor, Tensor], expected: float
+    ) -> Bookkeeper:
+        """For records like these [N, F], [N] and about so many in a step, tried on a random batch.
+
+        Raises:
+            ConfigError: the model cannot be trained record by record.
+        """
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                raise ConfigError(f"model: parameter {name!r} is frozen, and noise would move it")
+        trial = _Trial(model, task, like)
+        numbers = trial.check_gradients()
+        # Of public numbers alone: the study's expected batch, and the sizes of the model.
+        rows = ROWS * -int(-(expected + 2 * expected**0.5) // ROWS)
+        rows = max(ROWS, min(rows, MOST_ROWS, HELD_NUMBERS // numbers // ROWS * ROWS))
+        padded = not trial.rows_alike(rows)
+        if padded:
+            trial.check_gradients(padded=True)
+            if not trial.rows_alike(rows, padded=True):
+                log.warning("model: rows of a block round differently: each record is computed by itself")
+                rows = 1
+        kept = cls(model, task, rows, padded)
+        for name, module, rule in kept._recorder.rules:
+            if rule is written_out:
+                log.warning(
+                    "model: layer %r (%s) has no closed form: gradients of single records are written out",
+                    name,
+                    type(module).__name__,
+                )
+        return kept
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within, `factors` may be asked; the model's parameters do not require grad."""
+        with self._recorder.onto(self._tape):
+            yield
+
+    def factors(self, x_BF: Tensor, y_B: Tensor) -> list[Factor]:
+        """Of the summed loss of at most `rows` records; the rows of a block that are left are zero."""
+        x_MF, y_M = x_BF.new_zeros((self.rows, *x_BF.shape[1:])), y_B.new_zeros(self.rows)
+        x_MF[: len(x_BF)], y_M[: len(y_B)] = x_BF, y_B
+        return self._tape.factors(self.task.loss(self.model(x_MF), y_M))
+
+
+@dataclass
+class ClippedSum:
+    """Adds up the gradients of units, each of them clipped once, in float64."""
+
+    bookkeeper: Bookkeeper
+    clip: float
+    not_finite: int = 0
+    """Records so far whose gradient is not finite, and so counts as zero. For the site's own eyes."""
+
+    def __call__(
+        self, x_NF: Tensor, y_N: Tensor, index_B: Tensor, owner_B: Tensor, weight_B: Tensor, units: int
+    ) -> Tensor:
+        """The sum [L] over so many units; record index_B[b] is of unit owner_B[b] (ascending).
+
+        **Formal guarantee.** One more unit moves it by at most clip * (1 + slack) in L2 norm, whatever its
+        records and the parameters (docs/accounting.md). A unit's gradient is the weighted sum over its
+        records. What is not finite counts as zero, jointly over all parameters: 0 * inf is NaN, so an
+        overflow that a server provoked by its choice of parameters would otherwise say, without noise, that
+        a certain record is there.
+        """
+        sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
+        count_U = torch.bincount(owner_B, minlength=units)
+        with self.bookkeeper.recording(), torch.enable_grad():
+            for first, last, start, stop in _blocks(count_U, self.bookkeeper.rows):
+                index_C, weight_C = index_B[start:stop], weight_B[start:stop]
+                if len(index_C) > self.bookkeeper.rows:
+                    sum_L += self._one(x_NF, y_N, index_C, weight_C)
+                elif len(index_C):
+                    self._add(sum_L, x_NF[index_C], y_N[index_C], weight_C, count_U[first:last])
+        return sum_L
+
+    def _add(self, sum_L: Tensor, x_CF: Tensor, y_C: Tensor, weight_C: Tensor, count_U: Tensor) -> None:
+        """A block of whole units."""
+        factors, square_M, bound_M = self._finite(x_CF, y_C)
+        if not factors:
+            return
+        if len(count_U) == len(x_CF) and bool((count_U == 1).all()):
+            own_M = torch.zeros(len(square_M), dtype=torch.float64)
+            own_M[: len(weight_C)] = weight_C
+            clip_M = clip_weights(square_M * own_M.square(), bound_M * own_M.square(), self.clip)
+            _add_weighted(sum_L, factors, own_M * clip_M)
+            return
+        start_U = torch.cumsum(count_U, 0) - count_U
+        # Units of about as many records at a time: padded to a number that is the unit's own affair.
+        room_U = 1 << torch.ceil(torch.log2(count_U.double())).long()
+        for room in torch.unique(room_U[count_U > 0]).tolist():
+            of_room = (room_U == room) & (count_U > 0)
+            place_R = torch.arange(room)
+            there_UR = place_R < count_U[of_room][:, None]
+            index_UR = torch.where(there_UR, start_U[of_room][:, None] + place_R, 0)
+            weight_UR = torch.where(there_UR, weight_C[index_UR], 0.0)
+            grouped = [factor.grouped(index_UR, weight_UR) for factor in factors]
+            _add_weighted(sum_L, grouped, clip_weights(*norms(grouped), self.clip))
+
+    def _one(self, x_NF: Tensor, y_N: Tensor, index_C: Tensor, weight_C: Tensor) -> Tensor:
+        """One unit of more records than a block has, its gradient written out."""
+        sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
+        bound = torch.zeros((), dtype=torch.float64)
+        rows = self.bookkeeper.rows
+        for start in range(0, len(index_C), rows):
+            index = index_C[start : start + rows]
+            factors, _, bound_M = self._finite(x_NF[index], y_N[index])
+            if factors:
+                weight_M = torch.zeros(rows, dtype=torch.float64)
+                weight_M[: len(index)] = weight_C[start : start + rows]
+                _add_weighted(sum_L, factors, weight_M)
+                bound += weight_M @ bound_M.sqrt()
+        return sum_L * clip_weights(sum_L.square().sum(), bound.square(), self.clip)
+
+    def _finite(self, x_CF: Tensor, y_C: Tensor) -> tuple[list[Factor], Tensor, Tensor]:
+        """Factors and norms, those of records that are not finite made zero."""
+        factors = self.bookkeeper.factors(x_CF, y_C)
+        if not factors:
+            none = torch.zeros(0, dtype=torch.float64)
+            return factors, none, none
+        square_M, bound_M = norms(factors)
+        bad_M = ~torch.isfinite(bound_M)
+        if bad_M.any():
+            found = int(bad_M[: len(x_CF)].sum())
+            if found and not self.not_finite:
+                # Not how many, and once a round.
+                log.warning("training: gradients of some records are not finite; they count as zero")
+            self.not_finite += found
+            factors = [factor.without(bad_M) for factor in factors]
+            square_M[bad_M], bound_M[bad_M] = 0.0, 0.0
+        return factors, square_M, bound_M
+
+
+def _add_weighted(sum_L: Tensor, factors: Sequence[Factor], weight_N: Tensor) -> None:
+    for factor in factors:
+        for where, part in factor.summed(weight_N):
+            sum_L[where] += part
+
+
+def _blocks(count_U: Tensor, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Units and records (first, last, start, stop) of each block: whole units that fit, or one alone."""
+    end_U = torch.cumsum(count_U, 0)
+    first = start = 0
+    while first < len(count_U):
+        last = max(first + 1, int(torch.searchsorted(end_U, start + rows, right=True)))
+        stop = int(end_U[last - 1])
+        yield first, last, start, stop
+        first, start = last, stop
+
+
+class _Trial:
+    """A model's copy with random parameters: at a start of zeros, nothing would show."""
+
+    def __init__(self, model: nn.Module, task: TaskSpec, like: tuple[Tensor, Tensor]) -> None:
+        self._task, (self._x, self._y) = task, like
+        self._random = torch.Generator().manual_seed(1)
+        self._model = copy.deepcopy(model)
+        for module in self._model.modules():
+            # A drawn mask would be another for each pass.
+            for name, value in (("p", 0.0), ("dropout", 0.0)):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, value)
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                parameter.normal_(
+                    std=(1 + parameter[0].numel()) ** -0.5 if parameter.dim() > 1 else 1.0,
+                    generator=self._random,
+                )
+
+    def _records(self, count: int) -> tuple[Tensor, Tensor]:
+        """In the features' range; halves of 0 and 1 too, that may be somebody's indices."""
+        x = torch.rand((count, *self._x.shape[1:]), generator=self._random)
+        x = torch.where(x < 0.5, (4 * x).floor().clamp(max=1), 2 * x - 1)
+        y = torch.randint(0, 2, (count, *self._y.shape[1:]), generator=self._random)
+        return x.to(self._x.dtype), y.to(self._y.dtype)
+
+    def check_gradients(self, *, padded: bool = False) -> int:
+        """Hold each record of a small block against its own backward pass.
+
+        Returns how many numbers a record's factors hold.
+
+        Raises:
+            ConfigError: they differ, or one of them cannot be had.
+        """
+        x, y = self._records(4)
+        try:
+            own = [self._own(x[[n]], y[[n]]) for n in range(len(x))]
+            kept = Bookkeeper(self._model, self._task, ROWS, padded)
+            with kept.recording():
+                factors = kept.factors(x, y)
+        except ConfigError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ConfigError(f"model: cannot be trained record by record: {why}") from error
+        square_M = norms(factors)[0] if factors else torch.zeros(ROWS, dtype=torch.float64)
+        for n, own_L in enumerate(own):
+            found_L = torch.zeros(kept.size, dtype=torch.float64)
+            _add_weighted(found_L, factors, (torch.arange(ROWS) == n).double())
+            size = float(own_L.norm())
+            off = max(float((found_L - own_L).norm()), abs(float(square_M[n]) ** 0.5 - size))
+            if not off <= TOLERANCE * size:
+                raise ConfigError(
+                    f"model: gradients of single records are off by {off / (size or 1):.2g}, allowed "
+                    f"{TOLERANCE:g}: a layer uses parameters other than by being called, or mixes records"
+                )
+        return max(1, sum(part.numel() for factor in factors for part in factor.parts()) // ROWS)
+
+    def _own(self, x_1F: Tensor, y_1: Tensor) -> Tensor:
+        parameters = list(self._model.parameters())
+        loss = self._task.loss(self._model(x_1F), y_1)
+        found: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
+        flat = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
+        return torch.cat([g.flatten() for g in flat]).double()
+
+    def rows_alike(self, rows: int, *, padded: bool = False) -> bool:
+        """Whether a row is treated alike, bit by bit, in other places and beside other rows."""
+        kept = Bookkeeper(self._model, self._task, rows, padded)
+        x, y = self._records(rows)
+        others = self._records(rows)
+        with kept.recording():
+            here = kept.factors(x, y)
+            for _ in range(2):
+                order_M = torch.randperm(rows, generator=self._random)
+                moved = order_M[: rows // 2 + 1]
+                x_M, y_M = others[0].clone(), others[1].clone()
+                x_M[moved], y_M[moved] = x[: len(moved)], y[: len(moved)]
+                for one, other in zip(here, kept.factors(x_M, y_M), strict=True):
+                    for a, b in zip(one.parts(), other.parts(), strict=True):
+                        if not torch.equal(a[: len(moved)], b[moved]):
+                            return False
+        return True

@@ -1,0 +1,632 @@
+"""What a backward pass that carries activations only says of each layer's parameters.
+
+"Book-keeping" (Bu, Wang, Zha and Karypis 2023, "Differentially Private Optimization on Small Model at Large
+Cost"): a layer's gradient of one record is a sum of outer products of what entered the layer and the gradient
+of what left it. Norms and weighted sums follow from these two factors; the gradient itself is held only where
+it is the smaller.
+
+... any leading dimensions (K models side by side, each with rows of its own), N rows (records, or units), T
+positions in a row (time, pixels, the records of a unit), I inputs, O outputs, V words, P numbers of one
+parameter. Factors are float32 or float64; what is computed from them is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from lepton_fl.errors import ConfigError
+
+HELD_AT_ONCE = 1 << 18
+"""Numbers that are in float64 at once, to be added up: what a cache holds. Speed and memory only."""
+WHOLE = 16
+"""Of a matrix that is padded each side is a multiple of it: no vector instruction is left a remainder."""
+
+
+class Factor(ABC):
+    """The gradient of one parameter, or of a matrix and its bias, for each of N rows."""
+
+    @property
+    @abstractmethod
+    def places(self) -> tuple[slice, ...]:
+        """Where its parameters are in the flat gradient."""
+
+    @abstractmethod
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Per row [..., N]: the squared norm, and the square of a bound on it that no cancelling makes small.
+
+        The bound is not finite if any number in the row is not.
+        """
+
+    @abstractmethod
+    def summed(self, weight_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Of each parameter, where it is in the flat gradient, and the sum over the rows [..., P]."""
+
+    @abstractmethod
+    def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Factor:
+        """Rows put together: row u becomes the sum of the rows index_UR[u], weighted (0 for none)."""
+
+    @abstractmethod
+    def without(self, bad_N: Tensor) -> Factor:
+        """The same, the gradients of these rows zero, whatever they were."""
+
+    @abstractmethod
+    def explicit(self) -> Iterator[Explicit]:
+        """The same with each row's gradient written out."""
+
+    @abstractmethod
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that it holds, rows in the dimension after the leading ones."""
+
+
+@dataclass(frozen=True)
+class Explicit(Factor):
+    """Gradients written out."""
+
+    gradient: Tensor
+    """[..., N, P]"""
+    where: slice
+    bound_N: Tensor | None = None
+    """Squares of bounds on the norms, where they are not those of the gradients."""
+
+    @property
+    def places(self) -> tuple[slice, ...]:
+        return (self.where,)
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        square_N = _squares(self.gradient)
+        return square_N, square_N if self.bound_N is None else self.bound_N
+
+    def summed(self, weight_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        at_once = max(1, HELD_AT_ONCE * self.gradient.shape[-2] // max(1, self.gradient.numel()))
+        parts = zip(weight_N.unsqueeze(-2).split(at_once, -1), self.gradient.split(at_once, -2), strict=True)
+        # Not all of them at once in float64, which may be much.
+        total, *more = (weight @ part.double() for weight, part in parts)
+        for part in more:
+            total += part
+        yield self.where, total.squeeze(-2)
+
+    def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Explicit:
+        rows = self.gradient[..., index_UR, :].double() * weight_UR[..., None]
+        return Explicit(rows.sum(-2), self.where, _squares(rows).sqrt().sum(-1).square())
+
+    def without(self, bad_N: Tensor) -> Explicit:
+        return replace(self, gradient=self.gradient.masked_fill(bad_N[..., None], 0.0))
+
+    def explicit(self) -> Iterator[Explicit]:
+        yield self
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.gradient,)
+
+
+@dataclass(frozen=True)
+class Outer(Factor):
+    """Of a matrix [O, I], and perhaps of its bias: the sum over t of g[t] outer a[t], and of g[t]."""
+
+    a: Tensor
+    """What entered, [..., N, T, I]."""
+    g: Tensor
+    """The gradient of what left, [..., N, T, O]."""
+    weight: slice
+    bias: slice | None
+
+    @property
+    def _with_bias(self) -> float:
+        return 0.0 if self.bias is None else 1.0
+
+    @property
+    def places(self) -> tuple[slice, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        size_NT = _squares(self.g) * (_squares(self.a) + self._with_bias)
+        if size_NT.shape[-1] == 1:
+            return size_NT[..., 0], size_NT[..., 0]
+        return self._squared(), size_NT.sqrt().sum(-1).square()
+
+    def _squared(self) -> Tensor:
+        """Of rows of several positions: by T x T products, or by the gradients: whichever is cheaper."""
+        positions, inputs, outputs = self.a.shape[-2], self.a.shape[-1], self.g.shape[-1]
+        by_products = positions * (inputs + outputs) < inputs * outputs
+        numbers = positions * (inputs + outputs) + (2 * positions**2 if by_products else inputs * outputs)
+        at_once = max(1, HELD_AT_ONCE // numbers)
+        parts = (x.flatten(0, -3).split(at_once) for x in (self.a, self.g))
+        squares = []
+        for a, g in zip(*(map(Tensor.double, x) for x in parts), strict=True):
+            if by_products:
+                squares.append(((a @ a.mT + self._with_bias) * (g @ g.mT)).sum((-2, -1)))
+            else:
+                of_bias = _squares(g.sum(-2)) * self._with_bias
+                squares.append(_squares((g.mT @ a).flatten(-2)) + of_bias)
+        # Rounding may leave a sum that cancels a little below zero.
+        return torch.cat(squares).clamp(min=0.0).reshape(self.a.shape[:-2])
+
+    def summed(self, weight_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        g = self.g.double() * weight_N[..., None, None]
+        matrix = g.flatten(-3, -2).mT @ self.a.double().flatten(-3, -2)
+        yield self.weight, matrix.flatten(-2)
+        if self.bias is not None:
+            yield self.bias, g.sum((-3, -2))
+
+    def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Outer:
+        g = self.g[..., index_UR, :, :] * weight_UR[..., None, None].to(self.g.dtype)
+        a = self.a[..., index_UR, :, :]
+        return Outer(a.flatten(-3, -2), g.flatten(-3, -2), self.weight, self.bias)
+
+    def without(self, bad_N: Tensor) -> Outer:
+        # Both: 0 * inf is NaN.
+        a, g = (x.masked_fill(bad_N[..., None, None], 0.0) for x in (self.a, self.g))
+        return replace(self, a=a, g=g)
+
+    def explicit(self) -> Iterator[Explicit]:
+        # A batched product: what becomes of one row depends on that row alone.
+        yield Explicit((self.g.mT @ self.a).flatten(-2), self.weight)
+        if self.bias is not None:
+            yield Explicit(self.g.sum(-2), self.bias)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.a, self.g
+
+
+@dataclass(frozen=True)
+class Lookup(Factor):
+    """Of a table of V words: the sum over t of g[t], each in the row of the table that index[t] names."""
+
+    index: Tensor
+    """[..., N, T]"""
+    g: Tensor
+    """[..., N, T, O]"""
+    where: slice
+    words: int
+
+    @property
+    def places(self) -> tuple[slice, ...]:
+        return (self.where,)
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        size_NT = _squares(self.g)
+        if size_NT.shape[-1] == 1:
+            return size_NT[..., 0], size_NT[..., 0]
+        g = self.g.double()
+        same_NTT = self.index[..., :, None] == self.index[..., None, :]
+        square_N = torch.where(same_NTT, g @ g.mT, 0.0).sum((-2, -1)).clamp(min=0.0)
+        return square_N, size_NT.sqrt().sum(-1).square()
+
+    def summed(self, weight_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        g = self.g.double() * weight_N[..., None, None]
+        yield self.where, self._at_words(g.flatten(-3, -2), self.index.flatten(-2)).flatten(-2)
+
+    def _at_words(self, g: Tensor, index: Tensor) -> Tensor:
+        table = g.new_zeros((*index.shape[:-1], self.words, g.shape[-1]))
+        return table.scatter_add_(-2, index[..., None].expand_as(g), g)
+
+    def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Lookup:
+        g = self.g[..., index_UR, :, :] * weight_UR[..., None, None].to(self.g.dtype)
+        index = self.index[..., index_UR, :].flatten(-2)
+        return Lookup(index, g.flatten(-3, -2), self.where, self.words)
+
+    def without(self, bad_N: Tensor) -> Lookup:
+        return replace(self, g=self.g.masked_fill(bad_N[..., None, None], 0.0))
+
+    def explicit(self) -> Iterator[Explicit]:
+        yield Explicit(self._at_words(self.g, self.index).flatten(-2), self.where)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.index, self.g
+
+
+def outer(a: Tensor, g: Tensor, weight: slice, bias: slice | None) -> Iterator[Factor]:
+    """An outer product of [..., N, T, I] and [..., N, T, O], written out where that is the smaller."""
+    positions, inputs, outputs = a.shape[-2], a.shape[-1], g.shape[-1]
+    factor = Outer(a, g, weight, bias)
+    # Twice: positions cost their squares too, and products of single rows are float32.
+    if positions > 1 and inputs * outputs <= 2 * positions * (inputs + outputs):
+        yield from factor.explicit()
+    else:
+        yield factor
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sums of squares over the last dimension."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return norm.square()
+
+
+# --- recording a pass ---
+
+
+@dataclass
+class Tape:
+    """What the layers of one forward pass leave for its backward pass."""
+
+    where: dict[int, slice]
+    """By a parameter's id, its place in the flat gradient."""
+    padded: bool = False
+    """Whether matrices are multiplied with zeros around them, for kernels that treat rows of others alike."""
+    _watched: list[tuple[Sequence[Tensor], list[int], Callable[..., Iterator[Factor]]]] = field(
+        default_factory=list
+    )
+
+    def watch(self, outputs: Sequence[Tensor], make: Callable[..., Iterator[Factor]]) -> None:
+        """Have `make(*gradients)` called with the gradients of the loss with respect to `outputs`."""
+        versions = [output.requires_grad_()._version for output in outputs]
+        self._watched.append((outputs, versions, make))
+
+    def clear(self) -> None:
+        """Forget the pass, and the records in it."""
+        self._watched.clear()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, rows: slice | None = None) -> Tensor:
+        """`functional.linear` of [N, ..., I] with these rows of a matrix, recorded."""
+        rows = rows or slice(0, len(weight))
+        y = self.product(x, weight[rows], None if bias is None else bias[rows])
+        at = self.part(weight, rows), None if bias is None else self.part(bias, rows)
+        self.watch([y], lambda g: outer(_positions(x), _positions(g), *at))
+        return y
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`functional.linear`, not recorded."""
+        if not self.padded:
+            return functional.linear(x, weight, bias)
+        outputs, inputs = (-size % WHOLE for size in weight.shape)
+        weight = functional.pad(weight, (0, inputs, 0, outputs))
+        bias = None if bias is None else functional.pad(bias, (0, outputs))
+        y = functional.linear(functional.pad(x, (0, inputs)), weight, bias)
+        return y[..., : len(weight) - outputs].contiguous()
+
+    def part(self, parameter: Tensor, rows: slice | None = None) -> slice:
+        """Where these rows of a parameter are in the flat gradient; all of them by default."""
+        start = self.where[id(parameter)].start
+        if rows is None:
+            return slice(start, start + parameter.numel())
+        row = parameter.numel() // len(parameter)
+        return slice(start + rows.start * row, start + rows.stop * row)
+
+    def factors(self, loss: Tensor) -> list[Factor]:
+        """One backward pass from the summed loss; a parameter that it does not use has no factor."""
+        watched = self._watched.copy()
+        self.clear()
+        if not watched or not loss.requires_grad:
+            return []
+        outputs = [output for group, _, _ in watched for output in group]
+        if [output._version for output in outputs] != [v for _, versions, _ in watched for v in versions]:
+            raise ConfigError("model: what a layer gave is changed in place; write it to a new tensor")
+        gradients: Iterator[Tensor | None] = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
+        found: list[Factor] = []
+        with torch.no_grad():
+            for group, _, make in watched:
+                given = list(islice(gradients, len(group)))
+                if any(g is not None for g in given):
+                    pairs = zip(given, group, strict=True)
+                    found += make(*(torch.zeros_like(output) if g is None else g for g, output in pairs))
+        return list(_merged(found))
+
+
+def _positions(x: Tensor) -> Tensor:
+    """[N, ..., I] as [N, T, I]."""
+    x = x.detach()
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _merged(found: list[Factor]) -> Iterator[Factor]:
+    """The same, with a parameter that has several factors in one: a norm is of the whole gradient."""
+    uses = Counter(place.start for factor in found for place in factor.places)
+    shared: dict[int, list[Explicit]] = {}
+    for factor in found:
+        if all(uses[place.start] == 1 for place in factor.places):
+            yield factor
+        else:
+            for part in factor.explicit():
+                shared.setdefault(part.where.start, []).append(part)
+    for parts in shared.values():
+        yield Explicit(torch.stack([part.gradient for part in parts]).sum(0), parts[0].where)
+
+
+# --- layers ---
+
+Rule = Callable[..., Any]
+"""A layer's forward pass that is recorded: (tape, module, *its arguments)."""
+
+
+def _linear(tape: Tape, module: nn.Linear, x: Tensor) -> Tensor:
+    return tape.linear(x, module.weight, module.bias)
+
+
+def _convolution(tape: Tape, module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    y: Tensor = module._conv_forward(x, module.weight, module.bias)
+
+    def make(g: Tensor) -> Iterator[Factor]:
+        # The patches under each position, [N, T, I * kernel]: a view of overlapping windows, then one copy.
+        padded = functional.pad(x.detach(), module._reversed_padding_repeated_twice).contiguous()
+        of_rows, of_inputs, *of_pixels = padded.stride()
+        by_position = [pixel * step for pixel, step in zip(of_pixels, module.stride, strict=True)]
+        in_kernel = [pixel * step for pixel, step in zip(of_pixels, module.dilation, strict=True)]
+        a = padded.as_strided(
+            (len(x), *g.shape[2:], padded.shape[1], *module.kernel_size),
+            (of_rows, *by_position, of_inputs, *in_kernel),
+        ).reshape(len(x), g[0, 0].numel(), -1)
+        g = g.flatten(2).mT
+        weight, bias = tape.part(module.weight), None if module.bias is None else tape.part(module.bias)
+        if module.groups == 1:
+            yield from outer(a, g, weight, bias)
+            return
+        # Each group has outputs and inputs of its own; written out, since such kernels are small.
+        a, g = (z.unflatten(-1, (module.groups, -1)) for z in (a, g))
+        yield Explicit(torch.einsum("ntgo,ntgi->ngoi", g, a).flatten(1), weight)
+        if bias is not None:
+            yield Explicit(g.sum(1).flatten(1), bias)
+
+    tape.watch([y], make)
+    return y
+
+
+def _embedding(tape: Tape, module: nn.Embedding, index: Tensor) -> Tensor:
+    y: Tensor = type(module).forward(module, index)
+
+    def make(g: Tensor) -> Iterator[Factor]:
+        flat = index.reshape(len(index), -1)
+        g = g.reshape(*flat.shape, -1)
+        if module.padding_idx is not None:
+            g = g * (flat != module.padding_idx)[..., None]
+        yield Lookup(flat, g, tape.part(module.weight), module.num_embeddings)
+
+    tape.watch([y], make)
+    return y
+
+
+def _layer_norm(tape: Tape, module: nn.LayerNorm, x: Tensor) -> Tensor:
+    y, mean, rstd = torch.native_layer_norm(
+        x, list(module.normalized_shape), module.weight, module.bias, module.eps
+    )
+    tape.watch([y], lambda g: _affine(tape, module, (x.detach() - mean) * rstd, g, module.weight.numel()))
+    return y
+
+
+def _group_norm(tape: Tape, module: nn.GroupNorm, x: Tensor) -> Tensor:
+    y: Tensor = type(module).forward(module, x)
+
+    def make(g: Tensor) -> Iterator[Factor]:
+        normed = functional.group_norm(x.detach(), module.num_groups, eps=module.eps)
+        # Channels last, as a layer norm's are.
+        normed, g = (z.reshape(len(z), module.num_channels, -1).mT for z in (normed, g))
+        yield from _affine(tape, module, normed, g, module.num_channels)
+
+    tape.watch([y], make)
+    return y
+
+
+def _affine(
+    tape: Tape, module: nn.LayerNorm | nn.GroupNorm, normed: Tensor, g: Tensor, numbers: int
+) -> Iterator[Factor]:
+    for parameter, product in ((module.weight, normed * g), (module.bias, g)):
+        if parameter is not None:
+            yield Explicit(product.reshape(len(g), -1, numbers).sum(1), tape.part(parameter))
+
+
+def _recurrent(
+    tape: Tape, module: nn.RNNBase, x: Tensor, first: Any = None
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+    """Step by step, since each step's gates have to be watched."""
+    x_TNI = x.transpose(0, 1) if module.batch_first else x
+    directions = 2 if module.bidirectional else 1
+    cells, lasts = isinstance(module, nn.LSTM), []
+    for layer in range(module.num_layers):
+        if layer and module.dropout:
+            x_TNI = functional.dropout(x_TNI, module.dropout, module.training)
+        outputs = []
+        for direction in range(directions):
+            name = f"l{layer}" + "_reverse" * direction
+            at = layer * directions + direction
+            if first is None:
+                start = [x_TNI.new_zeros(x_TNI.shape[1], module.hidden_size)] * 2
+            else:
+                start = [s[at] for s in (first if cells else (first,))]
+            steps = _Recurrence(tape, module, name).run(x_TNI.flip(0) if direction else x_TNI, start)
+            outputs.append(steps[0].flip(0) if direction else steps[0])
+            lasts.append(steps[1:])
+        x_TNI = torch.cat(outputs, -1)
+    h, c = (torch.stack(last) for last in zip(*lasts, strict=True))
+    return x_TNI.transpose(0, 1) if module.batch_first else x_TNI, (h, c) if cells else h
+
+
+@dataclass(frozen=True)
+class _Recurrence:
+    """One layer of it in one direction."""
+
+    tape: Tape
+    module: nn.RNNBase
+    name: str
+
+    def run(self, x_TNI: Tensor, start: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """All hidden states [T, N, H], the last one, and the last cell state."""
+        weights = [getattr(self.module, f"{kind}_{self.name}") for kind in ("weight_ih", "weight_hh")]
+        biases: list[Tensor | None] = [None, None]
+        if self.module.bias:
+            biases = [getattr(self.module, f"{kind}_{self.name}") for kind in ("bias_ih", "bias_hh")]
+        # unbind, whose gradient is one stack: that of an index would be a whole tensor a step.
+        inputs = self.tape.linear(x_TNI.transpose(0, 1), weights[0], biases[0]).unbind(1)
+        step = _STEPS[self.module.mode]
+        h, c = start[0], start[-1]
+        hidden, before, recurrent = [], [], []
+        for gates in inputs:
+            before.append(h)
+            recurrent.append(self.tape.product(h, weights[1], biases[1]))
+            recurrent[-1].requires_grad_()
+            h, c = step(gates, recurrent[-1], h, c)
+            hidden.append(h)
+        weight, bias = self.tape.part(weights[1]), None if biases[1] is None else self.tape.part(biases[1])
+        self.tape.watch(
+            recurrent,
+            lambda *g: outer(torch.stack(before, 1).detach(), torch.stack(g, 1), weight, bias),
+        )
+        return torch.stack(hidden), h, c
+
+
+def _gru_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    width = h.shape[-1]
+    reset, update = torch.sigmoid(gates[:, : 2 * width] + recurrent[:, : 2 * width]).chunk(2, -1)
+    new = torch.tanh(gates[:, 2 * width :] + reset * recurrent[:, 2 * width :])
+    return torch.lerp(new, h, update), c
+
+
+def _rnn_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - a step's form
+    return torch.tanh(gates + recurrent), c
+
+
+def _lstm_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - the same
+    entry, forget, new, out = (gates + recurrent).chunk(4, -1)
+    c = torch.sigmoid(forget) * c + torch.sigmoid(entry) * torch.tanh(new)
+    return torch.sigmoid(out) * torch.tanh(c), c
+
+
+_STEPS = {"RNN_TANH": _rnn_step, "GRU": _gru_step, "LSTM": _lstm_step}
+
+
+def _attention(
+    tape: Tape,
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,  # noqa: ARG001 - a hint; the mask says it
+) -> tuple[Tensor, Tensor | None]:
+    width, heads = module.embed_dim, module.num_heads
+    given = [z if module.batch_first else z.transpose(0, 1) for z in (query, key, value)]
+    if query is key is value:
+        projected = list(tape.linear(given[0], module.in_proj_weight, module.in_proj_bias).chunk(3, -1))
+    else:
+        projected = [
+            tape.linear(z, module.in_proj_weight, module.in_proj_bias, rows=slice(at, at + width))
+            for at, z in zip((0, width, 2 * width), given, strict=True)
+        ]
+    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in projected)
+    score_NHTT = q @ k.mT / math.sqrt(width // heads)
+    if attn_mask is not None:
+        added = _additive(attn_mask, score_NHTT)
+        score_NHTT = score_NHTT + (added.unflatten(0, (-1, heads)) if added.dim() == 3 else added)
+    if key_padding_mask is not None:
+        score_NHTT = score_NHTT + _additive(key_padding_mask, score_NHTT)[:, None, None]
+    weight_NHTT = functional.dropout(torch.softmax(score_NHTT, -1), module.dropout, module.training)
+    seen = (weight_NHTT @ v).transpose(1, 2).flatten(2)
+    y = tape.linear(seen, module.out_proj.weight, module.out_proj.bias)
+    shown = None
+    if need_weights:
+        shown = weight_NHTT.mean(1) if average_attn_weights else weight_NHTT
+    return y if module.batch_first else y.transpose(0, 1), shown
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """What forbids where it is true, as what is added to a score."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
+
+
+def written_out(tape: Tape, module: nn.Module, *given: Tensor) -> Any:
+    """Any module: run on each record by itself, with parameters of the record's own."""
+    rule = vars(module).pop("forward")
+    try:
+        each = {
+            name: p.detach().expand(len(given[0]), *p.shape).requires_grad_()
+            for name, p in module.named_parameters()
+        }
+
+        def one(parameters: dict[str, Tensor], *record: Tensor) -> Any:
+            out = functional_call(module, parameters, tuple(x.unsqueeze(0) for x in record))
+            return tree_map(lambda y: y.squeeze(0), out)
+
+        for name, parameter in module.named_parameters():
+            tape.watch([each[name]], partial(_explicit, where=tape.part(parameter)))
+        return torch.vmap(one, randomness="different")(each, *given)
+    finally:
+        vars(module)["forward"] = rule
+
+
+def _explicit(gradient: Tensor, *, where: slice) -> Iterator[Factor]:
+    yield Explicit(gradient.flatten(1), where)
+
+
+def _rule(module: nn.Module) -> Rule | None:
+    """How this very class of layer is recorded, as it is set; a subclass may compute otherwise."""
+    kind = type(module)
+    if kind is nn.Linear:
+        return _linear
+    if kind in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros":
+        return _convolution
+    if kind is nn.Embedding and not (module.max_norm or module.sparse or module.scale_grad_by_freq):
+        return _embedding
+    if kind is nn.LayerNorm:
+        return _layer_norm
+    if kind is nn.GroupNorm:
+        return _group_norm
+    if kind in (nn.RNN, nn.GRU, nn.LSTM) and module.mode in _STEPS and not module.proj_size:
+        return _recurrent
+    if kind is nn.MultiheadAttention and not module.add_zero_attn:
+        # Not with keys and values of other widths, or of its own.
+        names = {name for name, _ in module.named_parameters(recurse=False)}
+        return _attention if names <= {"in_proj_weight", "in_proj_bias"} else None
+    return None
+
+
+Named = tuple[str, nn.Module, Rule]
+
+
+def rules_of(model: nn.Module, name: str = "") -> Iterator[Named]:
+    """Name, module and rule of everything in a model that has parameters, outermost first."""
+    rule = _rule(model)
+    if rule is not None and not any(p is not None for p in model.parameters()):
+        return
+    if rule is not None:
+        yield name, model, rule
+    elif any(True for _ in model.parameters(recurse=False)):
+        yield name, model, written_out
+    else:
+        for child_name, child in model.named_children():
+            yield from rules_of(child, f"{name}.{child_name}" if name else child_name)
+
+
+class Recorder:
+    """A model whose calls are recorded, while it is asked to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rules = list(rules_of(model))
+        self._in_place = [module for module in model.modules() if getattr(module, "inplace", False)]
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def onto(self, tape: Tape) -> Iterator[None]:
+        """Within, a call of the model is recorded on `tape`; afterwards the model is as it was."""
+        try:
+            for _, module, rule in self.rules:
+                vars(module)["forward"] = partial(rule, tape, module)
+            for module in self._in_place:
+                vars(module)["inplace"] = False
+            for parameter in self._trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            tape.clear()
+            for _, module, _ in self.rules:
+                vars(module).pop("forward", None)
+            for module in self._in_place:
+                vars(module)["inplace"] = True
+            for parameter in self._trained:
+                parameter.requires_grad_()
