@@ -82,7 +82,13 @@ def in_process(rounds: int, *, secure: bool) -> Took:
         home = Path(folder)
         watch = _Rounds()
         run = prepare(
-            made, splits, 0, folder=home / "sites", checkpoint=home / "checkpoint.safetensors", observer=watch
+            made,
+            splits,
+            0,
+            folder=home / "sites",
+            checkpoint=home / "checkpoint.safetensors",
+            observer=watch,
+            engine="process",
         )
         before = _processor(resource.RUSAGE_SELF)
         try:

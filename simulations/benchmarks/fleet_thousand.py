@@ -74,10 +74,25 @@ async def load(folder: Path, port: int, sites: list[str]) -> None:
 
 
 async def _agent(folder: Path, port: int, site: str, gate: asyncio.Semaphore) -> None:
+    from lepton_fl.privacy.ledger import Head, Statement
+    from lepton_fl.secagg.identity import IdentityKey
+
     answers = replies(folder, site)
+    key = IdentityKey.generate()
+
+    def stated(run: str) -> bytes:
+        """Of a ledger in which nothing was charged."""
+        return Statement.issue(key, site=site, data_set="records", head=Head(1, bytes(32)), run=run).signed
+
     async with loopback.site_channel(folder / "pki", site, port) as channel:
         stream = connect_method(channel)()
-        hello = pb.Hello(protocol=PROTOCOL, release=lepton_fl.__version__, site=site, instance=os.urandom(16))
+        hello = pb.Hello(
+            protocol=PROTOCOL,
+            release=lepton_fl.__version__,
+            site=site,
+            instance=os.urandom(16),
+            statement=stated(""),
+        )
         async with gate:
             await stream.write(pb.FromAgent(hello=hello))
             said = cast("pb.ToAgent", await stream.read())
@@ -88,7 +103,11 @@ async def _agent(folder: Path, port: int, site: str, gate: asyncio.Semaphore) ->
                 asked = said.assign
                 payload = answers[asked.type]
                 result = pb.Result(
-                    exchange=asked.exchange, size=payload.size, sha256=payload.sha256, inline=payload.inline
+                    exchange=asked.exchange,
+                    size=payload.size,
+                    sha256=payload.sha256,
+                    inline=payload.inline,
+                    statement=stated(asked.run),
                 )
                 await stream.write(pb.FromAgent(result=result))
             elif said.HasField("heartbeat"):

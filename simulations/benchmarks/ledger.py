@@ -1,4 +1,4 @@
-"""What a ledger costs as it grows: to open and verify it, and to charge and commit a round.
+"""What a ledger costs as it grows: to open and verify it, to charge and commit a round; and under witness.
 
     python simulations/benchmarks/ledger.py > simulations/benchmarks/ledger.md
 
@@ -14,13 +14,17 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 from lepton_fl.privacy import Charge, Gaussian, Ledger
-from lepton_fl.privacy.ledger import Budget
+from lepton_fl.privacy.ledger import Budget, Receipt, Statement, Witness
 from lepton_fl.privacy.ledger.entries import Commit
+from lepton_fl.secagg.identity import IdentityKey
 
+T = TypeVar("T")
 DATA = "records"
 BUDGET = Budget(data_set=DATA, epsilon_total=1e6, epsilon_per_study=1e6, delta_total=1e-5, file="policy.toml")
 STEP = Gaussian(noise_multiplier=50.0, sampling_rate=0.01, steps=1)
@@ -76,6 +80,37 @@ def timed(path: Path) -> tuple[float, float, float]:
     return min(opened), 1e3 * statistics.median(charged), 1e3 * statistics.median(committed)
 
 
+def witnessed(folder: Path) -> list[tuple[str, float]]:
+    """Milliseconds of CPU for what is stated of a round, and seen of it; medians."""
+    spent: dict[str, list[float]] = {}
+
+    def timing(what: str, action: Callable[[], T]) -> T:
+        began = time.process_time()
+        made = action()
+        spent.setdefault(what, []).append(1e3 * (time.process_time() - began))
+        return made
+
+    identity, server = IdentityKey.generate(), IdentityKey.generate()
+    with (
+        closing(Ledger(folder / "ledger.db")) as ledger,
+        closing(Witness(folder / "witness.db", name="the server", key=server)) as witness,
+    ):
+        for round in range(1, 101):
+            ledger.charge(charge("f" * 32, round), rounds=ROUNDS, budget=BUDGET)
+            told = timing(
+                "the site states it",
+                lambda round=round: ledger.state(
+                    site="bank", data_set=DATA, run="f" * 32, round=round, identity=identity
+                ),
+            )
+            read = timing("a witness verifies it", lambda told=told: Statement.read(told.signed))
+            timing("judges and remembers it", lambda read=read: witness.see(read))
+            (given,) = timing("countersigns, for the last of many", witness.countersign)
+            receipt = timing("the site verifies a receipt", lambda given=given: Receipt.read(given.signed))
+            timing("and keeps it", lambda receipt=receipt: ledger.keep(receipt))
+    return [(what, statistics.median(each)) for what, each in spent.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the smallest alone")
@@ -96,6 +131,10 @@ def main() -> None:
             print(
                 f"| {entries:,} | {size:.1f} | {opened:.2f} | {charged:.2f} | {committed:.2f} |", flush=True
             )
+    print("\n## Under witness\n\n| of one round | CPU, ms |\n|---|---|")
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        for what, spent in witnessed(Path(folder)):
+            print(f"| {what} | {spent:.2f} |")
     print(f"\nLoad average at the end {os.getloadavg()[0]:.1f}.")
 
 

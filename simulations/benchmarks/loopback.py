@@ -40,8 +40,11 @@ from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.protocol.frames import Frames
 from lepton_fl.fleet.protocol.methods import OPTIONS, fleet_handlers
 from lepton_fl.fleet.server.hub import Hub
+from lepton_fl.fleet.server.ledgers import SERVER, Ledgers
 from lepton_fl.fleet.server.link import RunnerLink, RunSpec
 from lepton_fl.fleet.server.service import FleetService
+from lepton_fl.privacy.ledger import Witness
+from lepton_fl.secagg.identity import IdentityKey
 from lepton_fl.study import Study
 
 if TYPE_CHECKING:
@@ -106,7 +109,7 @@ def make_members(folder: Path, parties: dict[str, int]) -> None:
 def member(fleet: Path, site: str, history: Any) -> Any:
     """Who `site` is in a secure round, and what it remembers of them."""
     from lepton_fl.secagg.context import Consortium
-    from lepton_fl.secagg.identity import IdentityKey, Roster
+    from lepton_fl.secagg.identity import Roster
     from lepton_fl.site.secure import Membership
 
     folder = fleet / "members"
@@ -217,8 +220,11 @@ async def _serve(folder: Path) -> None:
     """The server: serves each run to its end that a line on stdin names."""
     names: dict[str, int] = json.loads((folder / "parties.json").read_text())
     hub = Hub(grace=30.0, payload_limit=4 << 30)
+    witness = Witness(folder / "witness.db", name=SERVER, key=IdentityKey.generate())
+    # The sites' ledgers are witnessed by the server, whose work it is each round; no peers countersign.
+    ledgers = Ledgers(hub, witness, lambda _: None)
     service = FleetService(
-        hub, _Gate(folder / "pki", names), _Nobody(), heartbeat=HEARTBEAT, insecure_demo=True
+        hub, _Gate(folder / "pki", names), _Nobody(), ledgers, heartbeat=HEARTBEAT, insecure_demo=True
     )
     watching = asyncio.create_task(service.watch())
     async with listening(folder, fleet_handlers(service.connect, service.renew)):
@@ -243,6 +249,7 @@ async def _serve(folder: Path) -> None:
             }
             print(json.dumps({"finished": said}), flush=True)
     watching.cancel()
+    ledgers.close()
 
 
 def _tell(_: str, event: dict[str, Any]) -> None:

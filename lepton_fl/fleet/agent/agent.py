@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,13 +22,20 @@ import grpc
 import grpc.aio
 
 from lepton_fl import __version__
-from lepton_fl.errors import ConfigError, ConnectionFailed, IdentityRefused, LeptonError
+from lepton_fl.errors import (
+    ConfigError,
+    ConnectionFailed,
+    IdentityRefused,
+    LeptonError,
+    VerificationFailed,
+)
 from lepton_fl.fleet.agent.exchanges import Exchanges
+from lepton_fl.fleet.agent.ledger import StatedLedger
 from lepton_fl.fleet.agent.member import EnrolledSite
 from lepton_fl.fleet.agent.offers import MAX_OFFERS, Offered, Offers
 from lepton_fl.fleet.agent.peer import check_clock, check_release, explain, obey
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
-from lepton_fl.fleet.protocol.limits import MISSED, printable
+from lepton_fl.fleet.protocol.limits import MISSED, MOST_STATED, printable
 from lepton_fl.fleet.protocol.methods import PROTOCOL, connect_method
 from lepton_fl.fleet.protocol.transfer import Outbox
 from lepton_fl.site import SiteApp, Surroundings, client_app
@@ -47,6 +55,8 @@ _MAX_WAITING = 256
 """Messages that a server may leave unread before it counts as one that does not read."""
 _OFFERS_READ = 4 * MAX_OFFERS
 """Offers in one connection."""
+_LEDGERS_UNREAD = 32
+"""Messages about ledgers that wait while the site trains; of more the oldest go: later ones say more."""
 _GOODBYE_S = 2.0
 _STOP_S = 20.0
 """How long an end waits for the server to take the answer to what was asked before."""
@@ -90,7 +100,18 @@ class Agent:
         self._instance = os.urandom(16)
         self._paused_file = state / "paused"
         self._policy_error = ""
-        self._exchanges = Exchanges(app, state, barred=self._barred)
+        self._ledger = StatedLedger(app.site, member, state)
+        self._ledger_error: LeptonError | None = None
+        self._behind = asyncio.Event()
+        """Set: the ledger is not what others have seen of it, as `_ledger_error` says."""
+        self._server_witness = b""
+        self._unread: deque[tuple[pb.ToAgent, bytes, Outbox]] = deque(maxlen=_LEDGERS_UNREAD)
+        """What a server has said of ledgers, that server's key as a witness, and its connection."""
+        self._to_be_read = False
+        """The worker will come to them."""
+        self._given: deque[tuple[list[bytes], Outbox]] = deque(maxlen=_LEDGERS_UNREAD)
+        """Receipts for peers, to be sent to who asked."""
+        self._exchanges = Exchanges(app, state, self._ledger, barred=self._barred)
         self._offers = Offers(
             state / "studies",
             approvals=app.site.approvals,
@@ -122,19 +143,24 @@ class Agent:
                 is not in force.
             ProtocolError: the server is of a release that this one does not understand.
             ConnectionFailed: no connection for as long as `give_up_after`.
+            VerificationFailed: others have seen of the ledger what it does not have.
         """
-        looking = asyncio.create_task(self._look_after_files())
-        talking = asyncio.create_task(self._keep_connected())
+        tasks = [
+            asyncio.create_task(self._keep_connected()),
+            asyncio.create_task(self._look_after_files()),
+            asyncio.create_task(self._compare_ledger()),
+        ]
         try:
-            done, _ = await asyncio.wait([talking, looking], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                # Of `looking` too: an agent that obeys its people's files no more must not go on.
+                # Of every one: an agent that obeys its people's files no more must not go on.
                 task.result()
         finally:
-            for task in (talking, looking):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(talking, looking, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(self._exchanges.close)
+            self._ledger.close()
             log.info("ended")
 
     def stop(self) -> None:
@@ -198,6 +224,8 @@ class Agent:
     def _barred(self) -> str:
         if self._stopping.is_set():
             return "the site's agent is stopping"
+        if self._ledger_error is not None:
+            return "the site's ledger must be recovered"
         return self._policy_error or ("the site is paused" if self.paused else "")
 
     # Connections
@@ -237,7 +265,8 @@ class Agent:
         """One connection, from hello to its end."""
         wake = asyncio.Event()
         outbox = Outbox(wake.set)
-        outbox.put(pb.FromAgent(hello=self._hello()))
+        # In a thread: who is charging has the ledger for as long as it takes.
+        outbox.put(pb.FromAgent(hello=await asyncio.to_thread(self._hello)))
         self._offered, self._said, self._offers_read = {}, {}, 0
         async with self._connect() as channel:
             stream = connect_method(channel)()
@@ -288,6 +317,7 @@ class Agent:
             roster_version=0 if self._member is None else self._member.roster_version,
             insecure_seed=self._insecure_seed,
             device=self._device,
+            statement=self._ledger.state(self._app.site.budget.data_set).signed,
         )
 
     async def _send(self, stream: Stream, outbox: Outbox, wake: asyncio.Event) -> None:
@@ -379,6 +409,8 @@ class Agent:
                 self._offer(message.offer, outbox)
             case "roster":
                 self._roster(message.roster)
+            case "receipts" | "statements":
+                self._hear_of_ledgers(message, outbox)
             case _:
                 pass  # A heartbeat, or what a later release may say.
 
@@ -390,7 +422,7 @@ class Agent:
         # In this order: what is no number is the shortest, and a timer of no length would stop all others.
         self._heartbeat = min(max(0.1, welcome.heartbeat_s), 300.0)
         self._outbox, self._welcomed = outbox, time.monotonic()
-        self._server_release, self._why_not = welcome.release, ""
+        self._server_release, self._server_witness, self._why_not = welcome.release, welcome.witness, ""
         self._exchanges.connected(outbox, set(welcome.open))
         # The sender may be waiting by the heartbeat of before.
         self._beat()
@@ -408,6 +440,52 @@ class Agent:
         except (LeptonError, OSError) as error:
             log.warning("roster not taken", extra={"reason": str(error)})
 
+    # The ledgers; in the worker, in turn with what is asked: nothing is charged before the receipts are read
+
+    def _hear_of_ledgers(self, message: pb.ToAgent, outbox: Outbox) -> None:
+        self._unread.append((message, self._server_witness, outbox))
+        if not self._to_be_read:
+            self._to_be_read = True
+            self._exchanges.in_turn(self._read, self._read_on)
+
+    def _read(self) -> None:
+        # First: what comes from now on is read in its own turn, before what is asked after it.
+        self._to_be_read = False
+        for _ in range(_LEDGERS_UNREAD):
+            # No more in one turn: what comes as fast as it is read must not keep the site from its work.
+            if not self._unread or self._ledger_error is not None:
+                break
+            message, server, outbox = self._unread.popleft()
+            try:
+                self._ledger.take(message.receipts.signed, server)
+            except VerificationFailed as error:
+                # At once: what was asked after this is not to be worked on.
+                self._ledger_error = error
+            except LeptonError as error:
+                log.warning("receipt not kept", extra={"reason": error.message})
+            if given := self._ledger.witness(message.statements.signed):
+                self._given.append((given[-MOST_STATED:], outbox))
+
+    def _read_on(self) -> None:
+        if self._ledger_error is not None:
+            self._behind.set()
+        # One message for each that asked, as the server counts them; the worker may be adding to them.
+        while self._given:
+            given, outbox = self._given.popleft()
+            if outbox is self._outbox:
+                outbox.put(pb.FromAgent(receipts=pb.Receipts(signed=given)))
+
+    async def _compare_ledger(self) -> None:
+        """Wait until the ledger is not what others have seen of it; then the agent must end.
+
+        Raises:
+            VerificationFailed: what is wrong, and how to mend it.
+        """
+        await self._behind.wait()
+        if self._ledger_error is not None:
+            log.error("the ledger must be recovered", extra={"reason": str(self._ledger_error)})
+            raise self._ledger_error
+
     def _beat(self) -> None:
         """Say at once what our state is now."""
         if self._outbox is not None:
@@ -419,10 +497,12 @@ class Agent:
         self._offers_read += 1
         if self._offers_read > _OFFERS_READ:
             raise ConnectionFailed("the server offers studies without end")
-        if offer.study_id in self._offered:
+        if offer.study_id in self._offered and not offer.signature:
             return
         try:
-            study = self._offers.take(offer.canonical, offer.study_id, current=self._offered)
+            study = self._offers.take(
+                offer.canonical, offer.study_id, current=self._offered, signature=offer.signature
+            )
         except LeptonError as error:
             log.warning("offer refused", extra={"reason": error.message})
             answer = pb.Answer(

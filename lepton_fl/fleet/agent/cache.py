@@ -20,6 +20,7 @@ from flwr.app import Message
 
 from lepton_fl.fleet.protocol.payload import SMALL, Payload
 from lepton_fl.messages import refusal_reason
+from lepton_fl.privacy.ledger import Statement
 
 KEPT = 5
 """Replies of one run that are kept: those of a secure round, of which the last may be asked for again."""
@@ -35,6 +36,8 @@ class Reply:
     payload: Payload | None = None
     error_code: int = 0
     error_reason: str = ""
+    stated: Statement | None = None
+    """The ledger, when the payload was made; it leaves with it, of the head of then."""
 
     @classmethod
     def refusing(cls, message: Message) -> Reply:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from flwr.app import Context, Message, RecordDict
 
 from lepton_fl.errors import BadRequest, ConnectionFailed, LeptonError, ProtocolError
 from lepton_fl.fleet.agent.cache import Reply, ReplyCache
+from lepton_fl.fleet.agent.ledger import StatedLedger
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
-from lepton_fl.fleet.protocol.limits import TRANSFERS
+from lepton_fl.fleet.protocol.limits import TRANSFERS, is_stated
 from lepton_fl.fleet.protocol.payload import Payload
 from lepton_fl.fleet.protocol.records import pack, unpack
 from lepton_fl.fleet.protocol.transfer import Incoming, Outbox
 from lepton_fl.messages import JOIN, RUN_ID, SITS_OUT, error_reply, incoming, read_assignment
+from lepton_fl.privacy.ledger import Statement
 from lepton_fl.site import SiteApp, Surroundings
 from lepton_fl.study import Study
 
@@ -68,9 +71,12 @@ class _Job:
 class Exchanges:
     """All exchanges of one site. Owned by the event loop; only `_work` and `_prepare` run in the worker."""
 
-    def __init__(self, app: SiteApp[Surroundings], state: Path, *, barred: Callable[[], str]) -> None:
+    def __init__(
+        self, app: SiteApp[Surroundings], state: Path, ledger: StatedLedger, *, barred: Callable[[], str]
+    ) -> None:
         """`barred` says, in public words, why nothing new is worked on now; empty text: it is."""
         self.app = app
+        self._ledger = ledger
         self.working = False
         self.answered = 0
         self.refused = 0
@@ -132,8 +138,9 @@ class Exchanges:
         if request.run != self._last_run:
             self._last_run = request.run
             self._cache.prune({other.request.run for other in self._jobs.values()})
-        if kept := self._kept(job):
-            self._answer(job, kept)
+        if self._kept(job) is not None:
+            # By the worker, in turn: the ledger is stated with it, for which the loop must not wait.
+            self._start(job)
         elif barred := self._barred():
             self._answer(job, _sits_out(barred))
         elif request.inline:
@@ -144,19 +151,14 @@ class Exchanges:
         else:
             self._receive(job)
 
-    def _kept(self, job: _Job) -> Reply | None:
+    def _kept(self, job: _Job) -> Payload | None:
         """What was answered to this request before, by this process or another.
 
         Released and charged for already: the same bytes may leave again, paused or not. But whether the site
-        takes part is its people's to say, each time that it is asked; once they refuse, nothing leaves.
+        takes part is its people's to say, each time that it is asked.
         """
         request = job.request
-        found = None if request.type == JOIN else self._cache.get(request.run, job.key)
-        if found is None:
-            return None
-        if self.app.site.approvals.refusal(request.study_id) is not None:
-            return _sits_out("the site's people refuse the study")
-        return Reply(payload=found)
+        return None if request.type == JOIN else self._cache.get(request.run, job.key)
 
     def chunk(self, chunk: pb.Chunk) -> None:
         """The next bytes of a request.
@@ -242,12 +244,24 @@ class Exchanges:
             return
         exchange = job.request.exchange
         if job.reply is not None:
-            self._outbox.put(pb.FromAgent(result=_result(exchange, job.reply)))
+            self._outbox.put(pb.FromAgent(result=self._result(exchange, job.reply)))
         elif job.incoming is not None:
             self._outbox.put(pb.FromAgent(accept=pb.Accept(exchange=exchange, offset=job.incoming.received)))
         else:
             return
         job.told = True
+
+    def _result(self, exchange: bytes, reply: Reply) -> pb.Result:
+        payload, told = reply.payload, reply.stated
+        if payload is None:
+            return pb.Result(exchange=exchange, error_code=reply.error_code, error_reason=reply.error_reason)
+        return pb.Result(
+            exchange=exchange,
+            size=payload.size,
+            sha256=payload.sha256,
+            inline=payload.inline,
+            statement=b"" if told is None else self._ledger.leaving(told),
+        )
 
     def _answer(self, job: _Job, reply: Reply) -> None:
         job.reply, job.told = reply, False
@@ -278,12 +292,14 @@ class Exchanges:
     def _work(self, job: _Job) -> Reply:
         """The site's own app answers; what it gives is on disk before anybody hears of it."""
         request, payload, began = job.request, job.payload, time.monotonic()
+        if kept := self._kept(job):
+            # Asked a second time, as by a server that was killed, maybe while the first was being worked on.
+            if self.app.site.approvals.refusal(request.study_id) is not None:
+                return _sits_out("the site's people refuse the study")
+            return Reply(payload=kept, stated=self._stated(request))
         if job.cancelled or payload is None or began > job.until:
             # Nobody waits for it, so nothing is spent on it.
             return _sits_out("no longer asked")
-        if kept := self._kept(job):
-            # Asked a second time, as by a server that was killed, while the first was being worked on.
-            return kept
         if barred := self._barred():
             return _sits_out(barred)
         self.working = True
@@ -294,12 +310,20 @@ class Exchanges:
                 found = Reply.refusing(reply)
             else:
                 made = pack(reply.content, self._cache.path(request.run, job.key))
-                found = Reply(payload=self._cache.put(request.run, job.key, made))
+                kept = self._cache.put(request.run, job.key, made)
+                found = Reply(payload=kept, stated=self._stated(request))
                 self.answered += 1
         finally:
             self.working = False
         _log_work(request, found, time.monotonic() - began)
         return found
+
+    def _stated(self, request: pb.Assign) -> Statement | None:
+        """The ledger after what this reply was charged."""
+        if not is_stated(request.type):
+            return None
+        data_set = self.app.site.budget.data_set
+        return self._ledger.state(data_set, run=request.run, round=request.round)
 
     def _ask_app(self, request: pb.Assign, payload: Payload) -> Message:
         kind, run, name = request.type, request.run, request.exchange.hex()
@@ -314,8 +338,10 @@ class Exchanges:
 
     # In turn with what is asked
 
-    def in_turn(self, action: Callable[[], None]) -> None:
+    def in_turn(self, action: Callable[[], None], then: Callable[[], None] = lambda: None) -> None:
         """Do `action` after what was asked before, and before what is asked from now on.
+
+        In the worker; then `then`, in the loop.
 
         Raises:
             ConnectionFailed: so much waits already that no honest server makes it.
@@ -324,12 +350,15 @@ class Exchanges:
             raise ConnectionFailed(f"the server asks more than {MAX_OPEN} things at one time")
         self._queued += 1
         future = asyncio.get_running_loop().run_in_executor(self._worker, action)
-        future.add_done_callback(self._acted)
+        future.add_done_callback(partial(self._acted, then))
 
-    def _acted(self, done: asyncio.Future[None]) -> None:
+    def _acted(self, then: Callable[[], None], done: asyncio.Future[None]) -> None:
         self._queued -= 1
-        if not done.cancelled() and (error := done.exception()) is not None:
+        if done.cancelled():
+            return
+        if (error := done.exception()) is not None:
             log.error("internal error", exc_info=error)
+        then()
 
     def prepare(self, study: Study) -> None:
         """Read the table and build the model of an approved study, so that its first round does not wait."""
@@ -388,13 +417,6 @@ def _check_same(request: pb.Assign, message: Message) -> None:
 
 def _sits_out(reason: str) -> Reply:
     return Reply(error_code=SITS_OUT, error_reason=reason)
-
-
-def _result(exchange: bytes, reply: Reply) -> pb.Result:
-    payload = reply.payload
-    if payload is None:
-        return pb.Result(exchange=exchange, error_code=reply.error_code, error_reason=reply.error_reason)
-    return pb.Result(exchange=exchange, size=payload.size, sha256=payload.sha256, inline=payload.inline)
 
 
 def _log_work(request: pb.Assign, reply: Reply, seconds: float) -> None:

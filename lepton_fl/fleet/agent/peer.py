@@ -10,7 +10,7 @@ from typing import NoReturn
 import grpc.aio
 
 from lepton_fl import __version__
-from lepton_fl.errors import ConnectionFailed, IdentityRefused, ProtocolError
+from lepton_fl.errors import ConnectionFailed, IdentityRefused, ProtocolError, VerificationFailed
 from lepton_fl.fleet.pki.certificates import BACKDATED
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.protocol.limits import printable
@@ -24,6 +24,7 @@ def obey(said: pb.Goodbye) -> NoReturn:
 
     Raises:
         IdentityRefused: this agent is not to come back.
+        VerificationFailed: its ledger has gone back.
         ConnectionFailed: it may, later.
     """
     reason = printable(said.reason, _MAX_WORDS)
@@ -36,6 +37,12 @@ def obey(said: pb.Goodbye) -> NoReturn:
         raise IdentityRefused(
             f"the server has ended this connection: {reason}",
             fix="stop the other agent, or have this site's certificate revoked if it is not yours",
+        )
+    if said.code == pb.Goodbye.LEDGER:
+        raise VerificationFailed(
+            f"the server does not take this site's ledger: {reason}",
+            fix="stop any other agent of this site, get the operator's and the peers' receipts, then "
+            "lepton-fl budget recover -c site.toml --receipts FILE",
         )
     raise ConnectionFailed(f"the server says goodbye: {reason}")
 

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromAgent(_message.Message):
-    __slots__ = ("hello", "accept", "result", "chunk", "ack", "answer", "heartbeat", "goodbye")
+    __slots__ = ("hello", "accept", "result", "chunk", "ack", "answer", "heartbeat", "goodbye", "receipts")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class FromAgent(_message.Message):
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    RECEIPTS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     accept: Accept
     result: Result
@@ -24,10 +25,11 @@ class FromAgent(_message.Message):
     answer: Answer
     heartbeat: Heartbeat
     goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    receipts: Receipts
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "release", "site", "instance", "roster_version", "insecure_seed", "device", "probe")
+    __slots__ = ("protocol", "release", "site", "instance", "roster_version", "insecure_seed", "device", "probe", "statement")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +38,7 @@ class Hello(_message.Message):
     INSECURE_SEED_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
+    STATEMENT_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     release: str
     site: str
@@ -44,7 +47,8 @@ class Hello(_message.Message):
     insecure_seed: bool
     device: str
     probe: bool
-    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., site: _Optional[str] = ..., instance: _Optional[bytes] = ..., roster_version: _Optional[int] = ..., insecure_seed: bool = ..., device: _Optional[str] = ..., probe: bool = ...) -> None: ...
+    statement: bytes
+    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., site: _Optional[str] = ..., instance: _Optional[bytes] = ..., roster_version: _Optional[int] = ..., insecure_seed: bool = ..., device: _Optional[str] = ..., probe: bool = ..., statement: _Optional[bytes] = ...) -> None: ...
 
 class Accept(_message.Message):
     __slots__ = ("exchange", "offset")
@@ -55,20 +59,22 @@ class Accept(_message.Message):
     def __init__(self, exchange: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("exchange", "size", "sha256", "error_code", "error_reason", "inline")
+    __slots__ = ("exchange", "size", "sha256", "error_code", "error_reason", "inline", "statement")
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     ERROR_CODE_FIELD_NUMBER: _ClassVar[int]
     ERROR_REASON_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    STATEMENT_FIELD_NUMBER: _ClassVar[int]
     exchange: bytes
     size: int
     sha256: bytes
     error_code: int
     error_reason: str
     inline: bytes
-    def __init__(self, exchange: _Optional[bytes] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ..., error_code: _Optional[int] = ..., error_reason: _Optional[str] = ..., inline: _Optional[bytes] = ...) -> None: ...
+    statement: bytes
+    def __init__(self, exchange: _Optional[bytes] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ..., error_code: _Optional[int] = ..., error_reason: _Optional[str] = ..., inline: _Optional[bytes] = ..., statement: _Optional[bytes] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("study_id", "state", "reason")
@@ -91,7 +97,7 @@ class Answer(_message.Message):
     def __init__(self, study_id: _Optional[str] = ..., state: _Optional[_Union[Answer.State, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ToAgent(_message.Message):
-    __slots__ = ("welcome", "assign", "chunk", "proceed", "ack", "cancel", "offer", "heartbeat", "goodbye", "roster")
+    __slots__ = ("welcome", "assign", "chunk", "proceed", "ack", "cancel", "offer", "heartbeat", "goodbye", "roster", "receipts", "statements")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +108,8 @@ class ToAgent(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
+    RECEIPTS_FIELD_NUMBER: _ClassVar[int]
+    STATEMENTS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     assign: Assign
     chunk: Chunk
@@ -112,23 +120,27 @@ class ToAgent(_message.Message):
     heartbeat: Heartbeat
     goodbye: Goodbye
     roster: Roster
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., proceed: _Optional[_Union[Proceed, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ...) -> None: ...
+    receipts: Receipts
+    statements: Statements
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., proceed: _Optional[_Union[Proceed, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., statements: _Optional[_Union[Statements, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "release", "heartbeat_s", "party", "open", "time")
+    __slots__ = ("protocol", "release", "heartbeat_s", "party", "open", "time", "witness")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
     PARTY_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
+    WITNESS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     release: str
     heartbeat_s: float
     party: int
     open: _containers.RepeatedScalarFieldContainer[bytes]
     time: float
-    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., heartbeat_s: _Optional[float] = ..., party: _Optional[int] = ..., open: _Optional[_Iterable[bytes]] = ..., time: _Optional[float] = ...) -> None: ...
+    witness: bytes
+    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., heartbeat_s: _Optional[float] = ..., party: _Optional[int] = ..., open: _Optional[_Iterable[bytes]] = ..., time: _Optional[float] = ..., witness: _Optional[bytes] = ...) -> None: ...
 
 class Assign(_message.Message):
     __slots__ = ("exchange", "run", "study_id", "round", "type", "size", "sha256", "deadline_s", "inline")
@@ -167,18 +179,32 @@ class Cancel(_message.Message):
     def __init__(self, exchange: _Optional[bytes] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("canonical", "study_id")
+    __slots__ = ("canonical", "study_id", "signature")
     CANONICAL_FIELD_NUMBER: _ClassVar[int]
     STUDY_ID_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     canonical: bytes
     study_id: str
-    def __init__(self, canonical: _Optional[bytes] = ..., study_id: _Optional[str] = ...) -> None: ...
+    signature: bytes
+    def __init__(self, canonical: _Optional[bytes] = ..., study_id: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Roster(_message.Message):
     __slots__ = ("signed",)
     SIGNED_FIELD_NUMBER: _ClassVar[int]
     signed: bytes
     def __init__(self, signed: _Optional[bytes] = ...) -> None: ...
+
+class Statements(_message.Message):
+    __slots__ = ("signed",)
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
+    signed: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, signed: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Receipts(_message.Message):
+    __slots__ = ("signed",)
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
+    signed: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, signed: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("exchange", "offset", "data")
@@ -213,11 +239,13 @@ class Goodbye(_message.Message):
         REFUSED: _ClassVar[Goodbye.Code]
         REPLACED: _ClassVar[Goodbye.Code]
         FAULT: _ClassVar[Goodbye.Code]
+        LEDGER: _ClassVar[Goodbye.Code]
     UNKNOWN: Goodbye.Code
     LEAVING: Goodbye.Code
     REFUSED: Goodbye.Code
     REPLACED: Goodbye.Code
     FAULT: Goodbye.Code
+    LEDGER: Goodbye.Code
     CODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     code: Goodbye.Code

@@ -120,6 +120,16 @@ class ServerFiles:
         return self.state / "roster.bin"
 
     @property
+    def witness(self) -> Path:
+        """What the server has seen of the sites' ledgers."""
+        return self.state / "witness.db"
+
+    @property
+    def witness_key(self) -> Path:
+        """What signs its receipts."""
+        return self.state / "witness.pem"
+
+    @property
     def models(self) -> Path:
         """Promoted models, by study and version."""
         return self.state / "models"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lepton_fl.errors import ProtocolError
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
-from lepton_fl.fleet.protocol.limits import TRANSFERS, printable
+from lepton_fl.fleet.protocol.limits import OF_A_PROCESS, TRANSFERS, printable
 from lepton_fl.fleet.protocol.payload import Payload
 from lepton_fl.fleet.protocol.transfer import Incoming, Outbox
 
@@ -28,8 +28,6 @@ SERVER_FAULT = 1
 """Error code where it was not the site that failed."""
 FAREWELL_S = 2.0
 """How long an agent has to hear why it is sent away."""
-_OF_ITS_PROCESS = "query.secagg_"
-"""How types of requests begin that only the process can answer that entered the round: it has the keys."""
 _LOST_TRANSFER = "the result did not arrive as it was announced"
 
 
@@ -162,7 +160,7 @@ class Hub:
         del self.sessions[session.party]
         self._gone[session.party] = -math.inf if session.refused else asyncio.get_running_loop().time()
         for exchange in list(self._of_party.get(session.party, {}).values()):
-            if session.parted and exchange.request.type.startswith(_OF_ITS_PROCESS):
+            if session.parted and exchange.request.type.startswith(OF_A_PROCESS):
                 self._end(exchange, Reply(exchange=exchange.id))
             else:
                 self._await_return(exchange)
@@ -231,6 +229,17 @@ class Hub:
         exchange = self._mine(session, said.exchange)
         if exchange is not None:
             session.outbox.transfer(exchange.id, exchange.payload, said.offset)
+
+    def asked(self, session: Session, exchange_id: bytes) -> pb.Assign | None:
+        """The request that a site's reply would be to; None where nobody awaits it."""
+        exchange = self._mine(session, exchange_id)
+        return None if exchange is None else exchange.request
+
+    def refuse(self, session: Session, exchange_id: bytes, code: int, reason: str) -> None:
+        """Take no reply to this request: the run is told so in the place of the site."""
+        exchange = self._mine(session, exchange_id)
+        if exchange is not None:
+            self._give_up(session, exchange, code, printable(reason))
 
     def result(self, session: Session, said: pb.Result) -> None:
         """The site announces its reply. One that was counted already is acknowledged, and ignored.

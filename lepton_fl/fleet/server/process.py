@@ -35,6 +35,7 @@ from lepton_fl.fleet.server.config import OFF, ServerFiles
 from lepton_fl.fleet.server.database import Database
 from lepton_fl.fleet.server.gate import Gate
 from lepton_fl.fleet.server.hub import Hub, Session
+from lepton_fl.fleet.server.ledgers import Ledgers, open_witness
 from lepton_fl.fleet.server.lock import Running, locked
 from lepton_fl.fleet.server.register import Register
 from lepton_fl.fleet.server.runs import Runs
@@ -100,10 +101,12 @@ class _Server:
         self._telemetry = Telemetry()
         self._gate = Gate(self._register, self._identity)
         self._hub = Hub(grace=config.runs.grace_s, payload_limit=config.limits.payload_mib << 20)
+        self._ledgers = Ledgers(self._hub, open_witness(files), self._register.identity)
         self._service = FleetService(
             self._hub,
             self._gate,
             self,
+            self._ledgers,
             heartbeat=config.runs.heartbeat_s,
             insecure_demo=config.server.insecure_demo,
         )
@@ -114,6 +117,7 @@ class _Server:
             self._journal,
             self._telemetry,
             self._members,
+            relay=self._ledgers.relay,
             roster_key=self._identity.consortium.roster_key,
         )
         self._offers: dict[str, pb.ToAgent] = {}
@@ -177,6 +181,7 @@ class _Server:
             if status is not None:
                 status.server.close()
             self._write()
+            self._ledgers.close()
             self._database.close()
             log.info("server stopped")
 
@@ -290,13 +295,20 @@ class _Server:
     def _look(self) -> None:
         """Something was written by another process: what do sites have to be told?"""
         self._submitted = frozenset(study.id for study in self._studies.studies())
+        signatures = self._studies.signatures()
         offers = {
-            study.id: pb.ToAgent(offer=pb.Offer(canonical=study.canonical, study_id=study.id))
+            study.id: pb.ToAgent(
+                offer=pb.Offer(
+                    canonical=study.canonical, study_id=study.id, signature=signatures.get(study.id, b"")
+                )
+            )
             for study in self._studies.open()
         }
-        for study_id in offers.keys() - self._offers.keys():
-            for session in self._hub.sessions.values():
-                session.outbox.put(offers[study_id])
+        for study_id, offer in offers.items():
+            # Also one that was signed since.
+            if offer != self._offers.get(study_id):
+                for session in self._hub.sessions.values():
+                    session.outbox.put(offer)
         self._offers = offers
         roster = self._register.roster(self._identity.consortium)
         if roster is not None and roster.version != self._roster_version:

@@ -401,6 +401,11 @@ class Register:
         signed = self.signed_roster()
         return None if signed is None else Roster.read(signed, consortium.roster_key)
 
+    def identity(self, site: str) -> bytes | None:
+        """The digest of the identity key of the member of this name, as rosters have it."""
+        rows = self._db.rows("SELECT key_digest FROM members WHERE site = ? AND revoked_at IS NULL", (site,))
+        return bytes(rows[0]["key_digest"]) if rows else None
+
     def sites(self, now: datetime) -> list[SiteRow]:
         """Every site that is or was invited or enrolled, by name."""
         members = self._db.rows(

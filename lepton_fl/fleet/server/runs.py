@@ -9,13 +9,15 @@ import logging
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 from lepton_fl.files import write_atomic
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.server.config import ServerFiles
 from lepton_fl.fleet.server.hub import Hub
+from lepton_fl.fleet.server.ledgers import EVERY
 from lepton_fl.fleet.server.link import DIED, RunnerLink, RunSpec
 from lepton_fl.fleet.server.studies import Journal, RoundRow, Run, State, Studies, Submitted, ready
 from lepton_fl.fleet.server.telemetry import Telemetry
@@ -41,12 +43,15 @@ class Runs:
         telemetry: Telemetry,
         members: Callable[[], Mapping[int, str]],
         *,
+        relay: Callable[[Collection[int]], None],
         roster_key: bytes,
     ) -> None:
         """`members` are the parties that are enrolled now, with their names.
 
-        `roster_key` verifies the rosters in the file of the newest one.
+        `relay` has the ledgers of a run's parties countersigned by one another. `roster_key` verifies the
+        rosters in the file of the newest one.
         """
+        self._relay = relay
         self._hub = hub
         self._files = files
         self._studies = studies
@@ -125,10 +130,13 @@ class Runs:
         self._prepare(run, study, sites)
         finished, deaths = pb.Finished(exit_code=DIED), 0
         while deaths < ATTEMPTS and not self._ending(run.id):
-            link = RunnerLink(self._hub, self._files.run(run.id), run.id, study.id, set(sites), self._hear)
+            link = RunnerLink(
+                self._hub, self._files.run(run.id), run.id, study.id, set(sites), partial(self._hear, sites)
+            )
             self._links[run.id] = link
             log.info("run begins", extra={"run": run.id, "study": study.id, "sites": sorted(sites.values())})
             finished = await link.run()
+            self._relay(sites)
             if finished.exit_code != DIED:
                 break
             deaths = 1 if link.rounds else deaths + 1
@@ -170,7 +178,7 @@ class Runs:
             roster=str(self._files.roster.resolve()),
         ).write(folder / "run.json")
 
-    def _hear(self, run: str, event: dict[str, Any]) -> None:
+    def _hear(self, sites: Collection[int], run: str, event: dict[str, Any]) -> None:
         """An event of a run's process."""
         if event["event"] == "joined":
             about = {"sites": event["cohort"], "refused": event["refused"], "hiding": event["hiding"]}
@@ -184,6 +192,8 @@ class Runs:
             at=time.time(),
         )
         self._journal.round(run, row)
+        if row.number % EVERY == 0:
+            self._relay(sites)
         self._telemetry.rounds.labels("aggregated" if row.sites else "lost").inc()
         self._telemetry.round_seconds.observe(row.seconds)
         log.info(

@@ -13,12 +13,13 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from lepton_fl import __version__
-from lepton_fl.errors import IdentityRefused, LeptonError, ProtocolError
+from lepton_fl.errors import IdentityRefused, LeptonError, ProtocolError, VerificationFailed
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
-from lepton_fl.fleet.protocol.limits import MISSED, printable
+from lepton_fl.fleet.protocol.limits import MISSED, is_stated, printable
 from lepton_fl.fleet.protocol.methods import PROTOCOL
 from lepton_fl.fleet.protocol.transfer import Outbox
-from lepton_fl.fleet.server.hub import Hub, Session
+from lepton_fl.fleet.server.hub import SERVER_FAULT, Hub, Session
+from lepton_fl.fleet.server.ledgers import Ledgers
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ MAX_WORD = 40
 """Characters of an agent's release, device or state."""
 MAX_UNREAD = 10_000
 """Control messages that wait for one agent."""
+_LEDGER_REFUSED = 1000 + VerificationFailed.exit_code
+"""What a run is told in the place of a site whose ledger has gone back: a refusal, for the whole run."""
 
 
 class Admission(Protocol):
@@ -64,18 +67,26 @@ class Listener(Protocol):
     def answered(self, session: Session, answer: pb.Answer) -> None: ...
     def left(self, session: Session) -> None: ...
     def refused(self, reason: str) -> None:
-        """Somebody was not let in: `certificate`, `hello` or `silence`."""
+        """Somebody was not let in: `certificate`, `hello`, `silence` or `ledger`."""
 
 
 class FleetService(Generic[A]):
     """The servicer of `Fleet`."""
 
     def __init__(
-        self, hub: Hub, gate: Gate[A], listener: Listener, *, heartbeat: float, insecure_demo: bool = False
+        self,
+        hub: Hub,
+        gate: Gate[A],
+        listener: Listener,
+        ledgers: Ledgers,
+        *,
+        heartbeat: float,
+        insecure_demo: bool = False,
     ) -> None:
         self._hub = hub
         self._gate = gate
         self._listener = listener
+        self._ledgers = ledgers
         self._heartbeat = heartbeat
         self._insecure_demo = insecure_demo
         self._admissions: dict[Session, A] = {}
@@ -126,9 +137,18 @@ class FleetService(Generic[A]):
             party=admission.party,
             open=self._hub.open_for(admission.party),
             time=time.time(),
+            witness=self._ledgers.key,
         )
         if hello.probe:
             await context.write(pb.ToAgent(welcome=welcome))
+            return
+        # Before it takes the place of the agent that is here: it may be one on a copy of that one's ledger.
+        try:
+            self._ledgers.take(admission.site, hello.statement)
+        except LeptonError as error:
+            await context.write(pb.ToAgent(welcome=welcome))
+            await context.write(self._ledgers.receipts(admission.site))
+            await context.write(self._not_with_it(admission.site, error))
             return
         wake = asyncio.Event()
         session = Session(
@@ -141,8 +161,10 @@ class FleetService(Generic[A]):
             outbox=Outbox(wake.set),
         )
         session.outbox.put(pb.ToAgent(welcome=welcome))
+        session.outbox.put(self._ledgers.receipts(session.site))
         self._listener.entered(session, hello)
         self._hub.enter(session)
+        self._ledgers.entered(session)
         self._admissions[session] = admission
         tasks = [
             asyncio.create_task(self._send(session, context, wake)),
@@ -168,6 +190,14 @@ class FleetService(Generic[A]):
         log.warning("a caller was refused: %s", error.message, extra={"site": site, "peer": context.peer()})
         goodbye = pb.Goodbye(code=pb.Goodbye.REFUSED, reason=str(error))
         await context.write(pb.ToAgent(goodbye=goodbye))
+
+    def _not_with_it(self, site: str, error: LeptonError) -> pb.ToAgent:
+        """The goodbye to a site whose ledger is not taken. What our own disk is the cause of may pass."""
+        log.warning("a ledger is not taken: %s", error.message, extra={"site": site})
+        if not isinstance(error, VerificationFailed):
+            return pb.ToAgent(goodbye=pb.Goodbye(code=pb.Goodbye.LEAVING, reason=error.public))
+        self._listener.refused("ledger")
+        return pb.ToAgent(goodbye=pb.Goodbye(code=pb.Goodbye.LEDGER, reason=printable(error.message)))
 
     def _check_hello(self, first: pb.FromAgent, site: str) -> pb.Hello:
         hello = first.hello
@@ -231,7 +261,8 @@ class FleetService(Generic[A]):
                 self._hub.accept(session, message.accept)
             case "result":
                 session.received += len(message.result.inline)
-                self._hub.result(session, message.result)
+                if self._states(session, message.result):
+                    self._hub.result(session, message.result)
             case "chunk":
                 session.received += len(message.chunk.data)
                 self._hub.chunk(session, message.chunk)
@@ -239,12 +270,33 @@ class FleetService(Generic[A]):
                 pass
             case "answer":
                 self._listener.answered(session, message.answer)
+            case "receipts":
+                self._ledgers.carry(session, message.receipts.signed)
             case "goodbye":
                 session.parted = True
                 return False
             case _:
                 raise ProtocolError(f"a message of kind {kind!r} is not expected here")
         return True
+
+    def _states(self, session: Session, said: pb.Result) -> bool:
+        """Whether a reply may be taken: with a ledger that has not gone back, where it is to state one."""
+        request = self._hub.asked(session, said.exchange)
+        if request is None or said.error_code or not is_stated(request.type):
+            return True
+        try:
+            self._ledgers.take(session.site, said.statement, request)
+            return True
+        except VerificationFailed as error:
+            self._hub.refuse(session, said.exchange, _LEDGER_REFUSED, error.message)
+            session.refused = True
+            session.outbox.put(self._ledgers.receipts(session.site))
+            goodbye = self._not_with_it(session.site, error).goodbye
+            session.close(goodbye.code, goodbye.reason)
+        except LeptonError as error:
+            log.warning("a ledger is not taken: %s", error.message, extra={"site": session.site})
+            self._hub.refuse(session, said.exchange, SERVER_FAULT, error.public)
+        return False
 
     def check(self) -> None:
         """End the streams of sites that are no longer let in, or that have fallen silent."""

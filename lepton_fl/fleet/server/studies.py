@@ -41,6 +41,10 @@ CREATE TABLE IF NOT EXISTS studies (
     first_model TEXT,
     submitted_at REAL NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS signatures (
+    study TEXT PRIMARY KEY REFERENCES studies,
+    signature BLOB NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS answers (
     study TEXT NOT NULL REFERENCES studies,
     party INTEGER NOT NULL,
@@ -188,8 +192,10 @@ class Studies:
 
     # The operator
 
-    def submit(self, study: Study, *, first_model: str | None = None) -> bool:
+    def submit(self, study: Study, *, first_model: str | None = None, signature: bytes = b"") -> bool:
         """Propose a study to all sites; False if it was proposed before.
+
+        Its `signature` goes with it, in place of the one before; whom to believe is for the sites to say.
 
         Raises:
             ConfigError: it cannot be trained by sites that do not know one another's sizes, asks for a
@@ -213,21 +219,22 @@ class Studies:
                     f"study {study.study.name}: was submitted before, with another first model",
                     fix="give the study another name",
                 )
-            if rows:
-                return False
-            self._db.execute(
-                "INSERT INTO studies VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    study.id,
-                    study.study.name,
-                    study.canonical,
-                    study.secure_aggregation.min_sites,
-                    study.train.rounds,
-                    first_model,
-                    time.time(),
-                ),
-            )
-        return True
+            if not rows:
+                self._db.execute(
+                    "INSERT INTO studies VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        study.id,
+                        study.study.name,
+                        study.canonical,
+                        study.secure_aggregation.min_sites,
+                        study.train.rounds,
+                        first_model,
+                        time.time(),
+                    ),
+                )
+            if signature:
+                self._db.execute("INSERT OR REPLACE INTO signatures VALUES (?, ?)", (study.id, signature))
+        return not rows
 
     def want(
         self,
@@ -409,6 +416,10 @@ class Studies:
         """The one of that id."""
         (row,) = self._db.rows("SELECT * FROM studies WHERE id = ?", (study,))
         return Submitted(**dict(row))
+
+    def signatures(self) -> dict[str, bytes]:
+        """Those that came with studies, by the study's id."""
+        return {row["study"]: row["signature"] for row in self._db.rows("SELECT * FROM signatures")}
 
     def open(self) -> list[Submitted]:
         """Those that are offered to sites: all but those whose last run has finished."""

@@ -10,6 +10,7 @@ from lepton_fl.privacy.ledger.disk import Ledger, Recovered, recover
 from lepton_fl.privacy.ledger.entries import Charge, Renewal
 from lepton_fl.privacy.ledger.ledger import AnyLedger, RehearsalLedger
 from lepton_fl.privacy.ledger.receipts import Head, Receipt, Statement, advance
+from lepton_fl.privacy.ledger.witness import Witness
 
 __all__ = [
     "AnyLedger",
@@ -23,6 +24,7 @@ __all__ = [
     "Renewal",
     "Spent",
     "Statement",
+    "Witness",
     "advance",
     "recover",
 ]

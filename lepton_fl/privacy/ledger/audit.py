@@ -22,6 +22,7 @@ from lepton_fl.privacy.ledger.chain import (
     check_format,
     check_seen,
     follow,
+    is_settled,
     noted_end,
     read_key,
     unusable,
@@ -77,11 +78,20 @@ def audit(path: Path, *, given: Iterable[Receipt] = (), key: bytes | None = None
     end = noted_end(custody.head, book.key)
     if end is None and custody.key.exists():
         raise VerificationFailed(f"{custody.head}: is gone or damaged, and its ledger is in use", fix=RESTORE)
+
+    def entry_at(seq: int) -> Entry:
+        return Entry.read(*rows[seq - 1][1:])
+
     seen = [] if end is None else [(book.key, end, custody.head.name)]
     kept = receipts.from_file(custody.receipts) if custody.receipts.exists() else []
-    seen += [(one.statement.ledger, one.statement.head, one.witness) for one in (*kept, *given)]
+    for one in (*kept, *given):
+        told = one.statement
+        if is_settled(book, entry_at, told):
+            compared.append(one.witness)
+        else:
+            seen.append((told.ledger, told.head, one.witness))
     for of, head, witness in seen:
-        check_seen(path, book, lambda seq: Entry.read(*rows[seq - 1][1:]), key=of, seen=head, witness=witness)
+        check_seen(path, book, entry_at, key=of, seen=head, witness=witness)
         compared.append(witness)
     charges, renewals = _read(rows)
     return Audited(

@@ -121,6 +121,8 @@ class Book:
         """The public key that signs the ledger; empty before the first entry."""
         self.settled: set[tuple[bytes, bytes]] = set()
         """Ledger key and digest of the lost heads that a recovery has settled."""
+        self.lost_ends: dict[bytes, Head] = {}
+        """The highest of them, by ledger key."""
         self.lost = 0
         """Entries that recoveries could not explain."""
         self._sets: dict[str, DataSet] = {}
@@ -153,7 +155,10 @@ class Book:
             self.key = content.key
             return
         if isinstance(content, Recovery):
-            self.settled.update((key, digest) for key, _, digest in content.settled)
+            for key, counter, digest in content.settled:
+                self.settled.add((key, digest))
+                if counter > self.lost_ends.get(key, NO_ENTRY).counter:
+                    self.lost_ends[key] = Head(counter, digest)
             self.lost += content.lost
             return
         found = self._sets.setdefault(entry.data_set, DataSet())

@@ -10,7 +10,7 @@ from pathlib import Path
 from lepton_fl.errors import ConfigError, LeptonError, Unwritable, VerificationFailed
 from lepton_fl.privacy.ledger.book import Book
 from lepton_fl.privacy.ledger.entries import TAG, Entry
-from lepton_fl.privacy.ledger.receipts import Head
+from lepton_fl.privacy.ledger.receipts import NO_ENTRY, Head, Statement
 from lepton_fl.secagg.encoding import decode
 from lepton_fl.secagg.identity import IdentityKey, verify
 
@@ -144,6 +144,25 @@ def follow(path: Path, book: Book, rows: Iterable[Row], *, each_signature: bool 
         raise _broken(path, known, "is gone: an older copy was put in its place")
     if last is not None and not _signed(last, book.key):
         raise _broken(path, last.seq, "was changed: its signature is not the ledger's")
+
+
+def is_settled(book: Book, entry_at: Callable[[int], Entry], told: Statement) -> bool:
+    """Whether a recovery has answered for all that a statement shows.
+
+    It is of a head that is gone, or of one before it, and what it says was charged is in the ledger. Else who
+    has kept the statements of a lost ledger could stop the site anew with each of them.
+    """
+    if told.head.counter > book.lost_ends.get(told.ledger, NO_ENTRY).counter:
+        return False
+    return (
+        not told.round
+        or (told.ledger, told.entry.digest) in book.settled
+        or (
+            told.ledger == book.key
+            and told.entry.counter <= book.head.counter
+            and entry_at(told.entry.counter).digest == told.entry.digest
+        )
+    )
 
 
 def check_seen(

@@ -7,13 +7,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lepton_fl.errors import ConfigError, PolicyRefused, VerificationFailed
+from lepton_fl.errors import PolicyRefused, Unwritable, VerificationFailed
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy.ledger import receipts
-from lepton_fl.privacy.ledger.chain import HEAD, RESTORE, SLOT, Custody, noted_end, read_key, unusable
+from lepton_fl.privacy.ledger.chain import (
+    HEAD,
+    RESTORE,
+    SLOT,
+    Custody,
+    is_settled,
+    noted_end,
+    read_key,
+    unusable,
+)
 from lepton_fl.privacy.ledger.entries import RecoveredCharge, Recovery
 from lepton_fl.privacy.ledger.ledger import AnyLedger
-from lepton_fl.privacy.ledger.receipts import Head, Receipt
+from lepton_fl.privacy.ledger.receipts import NO_ENTRY, Head, Receipt
 from lepton_fl.secagg.encoding import encode
 from lepton_fl.secagg.identity import IdentityKey
 
@@ -52,18 +61,20 @@ class Ledger(AnyLedger):
             raise
 
     def keep(self, receipt: Receipt) -> None:
-        """Keep a receipt of this ledger, durably, once it has been compared with it.
+        """Keep a receipt of this site, durably, and compare it with the ledger.
 
-        The caller has asked the roster whose key signed it.
+        One that shows what the ledger does not have is kept as well: the ledger does not open again before
+        it was recovered. The caller has asked the roster whose key signed it.
 
         Raises:
             VerificationFailed: the ledger does not have what the receipt shows.
         """
-        self.check([receipt])
+        book = self._read()
         try:
-            self._kept.keep(receipt)
+            self._kept.keep(receipt, settled=lambda held: (held.ledger, held.head.digest) in book.settled)
         except OSError as error:
-            raise ConfigError(f"{self._kept.path}: cannot be written: {error.strerror}") from None
+            raise Unwritable(f"{self._kept.path}: cannot be written: {error.strerror}") from None
+        self.check([receipt])
 
     @property
     def kept(self) -> list[Receipt]:
@@ -173,14 +184,18 @@ class Ledger(AnyLedger):
             end = noted_end(self._custody.head, self._book.key)
             heads = [(one.statement.ledger, one.statement.head) for one in seen]
             heads += [] if end is None else [(self._book.key, end)]
-            gone = {(key, head) for key, head in heads if not self._stands(key, head)}
+            answered = {
+                (one.statement.ledger, one.statement.head)
+                for one in seen
+                if is_settled(self._book, self._entry, one.statement)
+            }
+            gone = {(key, head) for key, head in heads if not self._stands(key, head)} - answered
+            # By the entries that charged them: what left by a branch that is gone left apart from what this
+            # one knows of the same round.
             lost = {
-                (told.data_set, charge.run, charge.round, told.head.digest): charge
+                (told.ledger, told.entry): (told.data_set, charge)
                 for told in (one.statement for one in seen)
-                if (charge := told.charge) is not None
-                # What left by a branch that is gone left apart from what this one knows of the same round.
-                if (told.ledger, told.head) in gone
-                or self._book.of(told.data_set).round(charge.run, charge.round) is None
+                if (charge := told.charge) is not None and not self._stands(told.ledger, told.entry)
             }
             # A round is two entries, a charge and a commit.
             unexplained = max(0, self._entries_gone(gone, {head for key, head in heads}) - 2 * len(lost))
@@ -193,9 +208,10 @@ class Ledger(AnyLedger):
                     "then lepton-fl budget recover --accept-loss",
                 )
             if gone or lost or blind:
-                settled = sorted((key, head.counter, head.digest) for key, head in gone)
+                # The entries too, so that no other receipt of one has it charged again.
+                settled = sorted((key, head.counter, head.digest) for key, head in {*gone, *lost})
                 self._append("", Recovery(tuple(settled), unexplained))
-                for (data_set, *_), charge in sorted(lost.items(), key=lambda item: item[0]):
+                for data_set, charge in sorted(lost.values(), key=lambda of: (of[0], of[1].run, of[1].round)):
                     self._append(data_set, RecoveredCharge(charge))
             head = self._book.head
         if begun:
@@ -218,13 +234,14 @@ class Ledger(AnyLedger):
         for key in {key for key, _ in gone}:
             heads = {head for of, head in gone if of == key}
             if key != own:
-                shared = 1
+                # Up to where an earlier recovery has counted.
+                shared = max(1, self._book.lost_ends.get(key, NO_ENTRY).counter)
             elif min(head.counter for head in heads) > self._book.head.counter:
                 shared = self._book.head.counter
             else:
                 # The other branch left this one after the last head that is in both.
                 shared = max((head.counter for head in seen - heads), default=1)
-            total += max(head.counter for head in heads) - shared
+            total += max(0, max(head.counter for head in heads) - shared)
         return total
 
 

@@ -21,6 +21,7 @@ from lepton_fl.privacy.ledger.chain import (
     check_format,
     check_seen,
     follow,
+    is_settled,
     unusable,
 )
 from lepton_fl.privacy.ledger.entries import (
@@ -296,21 +297,30 @@ class AnyLedger:
         others = [] if beside is None else [beside.event]
         return epsilon([*self.events(data_set), planned.event.times(rounds), *others], delta)
 
-    def state(self, *, site: str, data_set: str, run: str = "", round: int = 0) -> Statement:
+    def state(
+        self,
+        *,
+        site: str,
+        data_set: str,
+        run: str = "",
+        round: int = 0,
+        identity: IdentityKey | None = None,
+    ) -> Statement:
         """What the site says of this ledger to the server and the peers, signed by its key.
 
-        `round` is the one that leaves with it; 0 where none does.
+        `round` is the one that leaves with it; 0 where none does. `identity` is the site's among the sites.
 
         Raises:
             PolicyRefused: the round was not charged.
         """
         with self._transaction("DEFERRED"):
-            charge = None
+            charge, entry = None, NO_ENTRY
             if round:
                 found = self._book.of(data_set).round(run, round)
                 if found is None:
                     raise PolicyRefused(f"round {round} of run {run} was not charged, so it is not stated")
-                content = self._entry(found.seq).content
+                charging = self._entry(found.seq)
+                content, entry = charging.content, Head(found.seq, charging.digest)
                 charge = content.charge if isinstance(content, RecoveredCharge) else content
             return Statement.issue(
                 self._key,
@@ -319,7 +329,30 @@ class AnyLedger:
                 head=self._book.head,
                 run=run,
                 charge=charge if isinstance(charge, Charge) else None,
+                entry=entry,
+                settled=tuple(self._book.lost_ends.items()),
+                identity=identity,
             )
+
+    def restate(self, told: Statement, identity: IdentityKey | None = None) -> Statement:
+        """The same as `told`, of the head that the ledger has by now. Waits for nobody who charges.
+
+        So that statements which leave late, as over a connection that was cut, still leave in order.
+        """
+        head = self._verified
+        if head == told.head:
+            return told
+        return Statement.issue(
+            self._key,
+            site=told.site,
+            data_set=told.data_set,
+            head=head,
+            run=told.run,
+            charge=told.charge,
+            entry=told.entry,
+            settled=told.settled,
+            identity=identity,
+        )
 
     def check(self, seen: Iterable[Receipt]) -> None:
         """That this ledger has all that the receipts show, whoever holds them.
@@ -329,7 +362,9 @@ class AnyLedger:
         """
         with self._transaction("DEFERRED"):
             for receipt in seen:
-                self._check(receipt.statement.ledger, receipt.statement.head, receipt.witness)
+                told = receipt.statement
+                if not is_settled(self._book, self._entry, told):
+                    self._check(told.ledger, told.head, receipt.witness)
 
     def _check(self, key: bytes, seen: Head, witness: str) -> None:
         check_seen(self.path, self._book, self._entry, key=key, seen=seen, witness=witness)
@@ -484,6 +519,11 @@ class RehearsalLedger(AnyLedger):
 
     def __init__(self) -> None:
         super().__init__(Path(":memory:"))
+
+    def _sync(self) -> None:
+        # Nobody else can write to it: the book is behind only where it is derived anew.
+        if not self._book.head.counter:
+            super()._sync()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,10 @@ has lost entries, or there are two of it. No I/O but the file in which a site ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from lepton_fl.errors import ConfigError, VerificationFailed
 from lepton_fl.files import write_atomic
@@ -18,7 +18,10 @@ from lepton_fl.privacy.ledger.entries import NOTHING, Charge
 from lepton_fl.secagg.encoding import decode, encode, shaped
 from lepton_fl.secagg.identity import IdentityKey, verify
 
+MAX_STATEMENT = 16 << 10
+"""Bytes. One has about seven hundred."""
 _STATEMENT = "lepton-fl/ledger-statement/1"
+_IDENTITY = "lepton-fl/ledger-statement-of-a-site/1"
 _RECEIPT = "lepton-fl/ledger-receipt/1"
 
 
@@ -38,24 +41,13 @@ class Head:
 NO_ENTRY = Head(0, NOTHING)
 
 
-def advance(known: Head | None, shown: Head) -> Head:
-    """What a witness knows of a ledger that shows the head `shown`, where it knew `known`.
-
-    Raises:
-        VerificationFailed: the ledger has gone back, or is one of two with the same key.
-    """
-    if known is not None and (
-        shown.counter < known.counter or (shown.counter == known.counter and shown.digest != known.digest)
-    ):
-        raise VerificationFailed(
-            f"the ledger shows head {shown} after {known}: it was rolled back, or two agents write it"
-        )
-    return shown
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statement:
-    """What a site says of its ledger, signed by the ledger's key: its head, and the round that leaves."""
+    """What a site says of its ledger: its head, and the round that leaves. Signed by the ledger's key.
+
+    And by the site's identity key, where it has one: a ledger's key alone could be anybody's, who then says
+    that it is the site's.
+    """
 
     site: str
     ledger: bytes
@@ -67,40 +59,80 @@ class Statement:
     """0 where no round leaves, as when a site joins."""
     terms: bytes = field(repr=False)
     """What the round was charged, without its fingerprint; empty where no round leaves."""
+    entry: Head
+    """The entry that charged it: what is stated twice is one charge, and two of one round are two ledgers."""
+    settled: tuple[tuple[bytes, Head], ...]
+    """The highest head of each ledger that a recovery found lost, by the public key of that ledger."""
+    identity: bytes
+    """Public key of the site among the sites; empty where it has none."""
     signed: bytes = field(repr=False)
     """What travels and is stored."""
 
     @classmethod
     def issue(
-        cls, key: IdentityKey, *, site: str, data_set: str, head: Head, run: str, charge: Charge | None
+        cls,
+        key: IdentityKey,
+        *,
+        site: str,
+        data_set: str,
+        head: Head,
+        run: str = "",
+        charge: Charge | None = None,
+        entry: Head = NO_ENTRY,
+        settled: Sequence[tuple[bytes, Head]] = (),
+        identity: IdentityKey | None = None,
     ) -> Self:
-        """A signed statement."""
+        """A signed statement; `entry` is the one with the `charge`."""
         round, terms = (0, b"") if charge is None else (charge.round, charge.terms(public=True))
-        body = (site, key.public, data_set, head.counter, head.digest, run, round, terms)
-        return cls.read(encode(body, key.sign(_STATEMENT, *body)))
+        lost = tuple((of, found.counter, found.digest) for of, found in settled)
+        named = b"" if identity is None else identity.public
+        body = (
+            *(site, key.public, data_set, head.counter, head.digest),
+            *(run, round, terms, entry.counter, entry.digest, lost, named),
+        )
+        second = b"" if identity is None else identity.sign(_IDENTITY, *body)
+        return cls._of(body, encode(body, key.sign(_STATEMENT, *body), second))
 
     @classmethod
     def read(cls, signed: bytes) -> Self:
-        """The statement in `signed`, once its signature by the key that it names has been verified.
+        """The statement in `signed`, once its signatures by the keys that it names have been verified.
+
+        Whose key `identity` is, the caller asks the roster.
 
         Raises:
-            VerificationFailed: it is malformed or not signed by that key.
+            VerificationFailed: it is too long, malformed or not signed by those keys.
         """
-        body, signature = decode(signed, tuple, bytes)
-        site, ledger, data_set, counter, digest, run, round, terms = shaped(
-            body, str, bytes, str, int, bytes, str, int, bytes
+        if len(signed) > MAX_STATEMENT:
+            raise VerificationFailed(f"a statement of {len(signed)} bytes, at most {MAX_STATEMENT} are read")
+        body, signature, second = decode(signed, tuple, bytes, bytes)
+        read = cls._of(body, signed)
+        verify(read.ledger, signature, _STATEMENT, *body)
+        if read.identity:
+            verify(read.identity, second, _IDENTITY, *body)
+        return read
+
+    @classmethod
+    def _of(cls, body: tuple[Any, ...], signed: bytes) -> Self:
+        site, ledger, data_set, counter, digest, run, round, terms, seq, charged, lost, identity = shaped(
+            body, str, bytes, str, int, bytes, str, int, bytes, int, bytes, tuple, bytes
         )
-        verify(ledger, signature, _STATEMENT, *body)
-        if counter < 1 or len(digest) != len(NOTHING) or round < 0 or bool(round) != bool(terms):
+        head, entry = Head(counter, digest), Head(seq, charged)
+        told = (0 < seq <= counter, bool(terms)) if round else (entry == NO_ENTRY, not terms)
+        sized = {len(digest), len(charged)} == {len(NOTHING)} and all(isinstance(one, tuple) for one in lost)
+        if counter < 1 or round < 0 or not all(told) or not sized:
             raise VerificationFailed("malformed: no statement of a ledger")
+        ends = (shaped(one, bytes, int, bytes) for one in lost)
         return cls(
             site=site,
             ledger=ledger,
             data_set=data_set,
-            head=Head(counter, digest),
+            head=head,
             run=run,
             round=round,
             terms=terms,
+            entry=entry,
+            settled=tuple((of, Head(at, found)) for of, at, found in ends),
+            identity=identity,
             signed=signed,
         )
 
@@ -108,6 +140,34 @@ class Statement:
     def charge(self) -> Charge | None:
         """What the round that leaves was charged; None where none leaves."""
         return Charge.of((self.run, self.round, self.terms)) if self.round else None
+
+
+def advance(known: Iterable[Statement], shown: Statement) -> None:
+    """That a site's ledger has not gone back behind what a witness knows of it.
+
+    `known` are the last statements of that site's ledgers. What a recovery has settled is gone, and was
+    charged; whether it was, only the site's own auditors can see.
+
+    Raises:
+        VerificationFailed: the ledger has gone back, is another, or is one of two with the same key.
+    """
+    settled = dict(shown.settled)
+    for seen in known:
+        if settled.get(seen.ledger, NO_ENTRY).counter >= seen.head.counter:
+            continue
+        if seen.ledger != shown.ledger:
+            if seen.data_set == shown.data_set:
+                raise VerificationFailed(
+                    f"{shown.site}: shows another ledger for data set {shown.data_set} than before: the one "
+                    f"before ended at {seen.head}, and was replaced or lost"
+                )
+        elif shown.head.counter < seen.head.counter or (
+            shown.head.counter == seen.head.counter and shown.head.digest != seen.head.digest
+        ):
+            raise VerificationFailed(
+                f"{shown.site}: the ledger shows head {shown.head} after {seen.head}: it was rolled back, or "
+                "two agents write it"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +185,8 @@ class Receipt:
     def issue(cls, key: IdentityKey, *, witness: str, statement: Statement) -> Self:
         """Countersign a statement; the caller has judged its head by `advance`."""
         body = (statement.signed, witness, key.public)
-        return cls.read(encode(body, key.sign(_RECEIPT, *body)))
+        signed = encode(body, key.sign(_RECEIPT, *body))
+        return cls(statement=statement, witness=witness, key=key.public, signed=signed)
 
     @classmethod
     def read(cls, signed: bytes) -> Self:
@@ -173,16 +234,24 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self.path = path
         found = from_file(path) if path.exists() else []
-        self._highest = {(one.witness, one.key, one.statement.ledger): one for one in found}
+        self._highest = {_of(one): one for one in sorted(found, key=lambda one: one.statement.head.counter)}
 
     def __iter__(self) -> Iterator[Receipt]:
         return iter(self._highest.values())
 
-    def keep(self, receipt: Receipt) -> None:
-        """Keep a receipt, durably, where it is the highest of its witness."""
-        of = receipt.witness, receipt.key, receipt.statement.ledger
-        held = self._highest.get(of)
-        if held is None or held.statement.head.counter < receipt.statement.head.counter:
-            highest = {**self._highest, of: receipt}
+    def keep(self, receipt: Receipt, *, settled: Callable[[Statement], bool]) -> None:
+        """Keep a receipt, durably, where it is the highest of its witness, or that is one of a lost end."""
+        held = self._highest.get(_of(receipt))
+        if (
+            held is None
+            or held.statement.head.counter < receipt.statement.head.counter
+            or settled(held.statement)
+        ):
+            highest = {**self._highest, _of(receipt): receipt}
             write_atomic(self.path, to_bytes(list(highest.values())), mode=0o600)
             self._highest = highest
+
+
+def _of(receipt: Receipt) -> tuple[str, bytes]:
+    # Not by the witness's key: a server that takes another each day is one witness, and fills no disk.
+    return receipt.witness, receipt.statement.ledger

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import hashlib
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -46,16 +47,19 @@ from lepton_fl.fleet.protocol.records import pack, unpack
 from lepton_fl.fleet.server.database import Database
 from lepton_fl.fleet.server.gate import Gate
 from lepton_fl.fleet.server.hub import Hub, Reply, Session
+from lepton_fl.fleet.server.ledgers import SERVER, Ledgers
 from lepton_fl.fleet.server.link import RunnerLink, RunSpec
 from lepton_fl.fleet.server.register import Register, Request
 from lepton_fl.fleet.server.service import FleetService
 from lepton_fl.messages import CONFIG, Assignment, assignment_config, to_record
 from lepton_fl.privacy import Ledger
+from lepton_fl.privacy.ledger import Head, Statement, Witness
 from lepton_fl.secagg.identity import IdentityKey, Roster
 from lepton_fl.simulation import InProcessGrid
 from lepton_fl.site import Simulated, Site, SiteApp, SiteData, client_app
+from lepton_fl.site.approvals import Approvals
 from lepton_fl.site.history import DiskHistory
-from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.site.policy import load_policy
 from lepton_fl.site.secure import LSA1, Aggregation, NoAggregation
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, arrays_of, build_model
@@ -144,14 +148,15 @@ def make_site(name: str, folder: Path, member: EnrolledSite | None = None) -> Si
     aggregation: Aggregation = NoAggregation()
     if member is not None:
         aggregation = LSA1(membership_of(member, DiskHistory(folder / "rounds.db")))
+    ledger = Ledger(folder / "ledger.db")
     return Site(
         aggregation=aggregation,
         name=name,
         policy=load_policy(policy),
         policy_file=str(policy),
-        approvals=Approvals(folder / "approvals.jsonl"),
+        approvals=Approvals(folder / "approvals.jsonl", key=ledger.key),
         load=load,
-        surroundings=Simulated(noise=SimulationNoise(SEED, name), ledger=Ledger(folder / "ledger.db")),
+        surroundings=Simulated(noise=SimulationNoise(SEED, name), ledger=ledger),
     )
 
 
@@ -359,7 +364,15 @@ class Front:
         self.gate = Gate(consortium.register, consortium.identity)
         self.hub = Hub(grace=grace, payload_limit=payload_limit)
         self.heard = Heard()
-        self._service = FleetService(self.hub, self.gate, self.heard, heartbeat=heartbeat, insecure_demo=True)
+        # Of this folder: what a front before this one has seen counts.
+        key = folder / "witness.pem"
+        if not key.exists():
+            key.write_bytes(IdentityKey.generate().to_bytes())
+        self.witness = Witness(folder / "witness.db", name=SERVER, key=IdentityKey.read(key.read_bytes()))
+        self.ledgers = Ledgers(self.hub, self.witness, consortium.register.identity)
+        self._service = FleetService(
+            self.hub, self.gate, self.heard, self.ledgers, heartbeat=heartbeat, insecure_demo=True
+        )
         self.port = port
         self.streams = 0
         """Calls of `Connect` that have not ended."""
@@ -384,6 +397,7 @@ class Front:
         await asyncio.gather(self._watch, return_exceptions=True)
         await self._server.stop(None)
         await self._server.wait_for_termination()
+        self.ledgers.close()
 
     def connected(self, *sites: str) -> Callable[[], bool]:
         """Whether these sites are here, and no others."""
@@ -522,8 +536,16 @@ def apps_of(sites: dict[str, Site[Simulated]]) -> dict[str, SiteApp[Simulated]]:
     return {name: client_app(site) for name, site in sites.items()}
 
 
+def stated(key: IdentityKey, site: str, run: str = "") -> bytes:
+    """A statement of a ledger in which nothing is charged."""
+    head = Head(1, hashlib.sha256(site.encode()).digest())
+    return Statement.issue(key, site=site, data_set="puppet", head=head, run=run).signed
+
+
 class Puppet:
     """An agent that says what a test says."""
+
+    _ledger = IdentityKey.generate()
 
     def __init__(
         self,
@@ -555,17 +577,23 @@ class Puppet:
             "site": self.site,
             "instance": os.urandom(16),
             "device": "cpu",
+            "statement": self._state(),
         }
         await self.say(hello=pb.Hello(**{**hello, **changes}))
         return (await self.hear("welcome")).welcome
 
+    def _state(self, run: str = "") -> bytes:
+        return stated(self._ledger, self.site, run)
+
     async def say(self, **kind: Any) -> None:
+        if "result" in kind and not kind["result"].statement:
+            kind["result"].statement = self._state(RUN)
         # A stream that has ended says so when it is read.
         with contextlib.suppress(asyncio.InvalidStateError):
             await self._stream.write(pb.FromAgent(**kind))
 
     async def hear(self, kind: str) -> pb.ToAgent:
-        """The next message of that kind; others are kept in `heard`.
+        """The next message of that kind; others are kept in `heard`, but for those about ledgers.
 
         Raises:
             EOFError: the stream ended first.
@@ -577,7 +605,8 @@ class Puppet:
                     raise EOFError("the server ended the stream")
                 if found.WhichOneof("kind") == kind:
                     return found
-                self.heard.append(found)
+                if found.WhichOneof("kind") not in ("receipts", "statements"):
+                    self.heard.append(found)
 
     async def farewell(self) -> pb.Goodbye:
         """The server's goodbye, after which it ends the stream."""

@@ -169,7 +169,8 @@ def test_no_key_share_or_update_is_in_a_log_in_a_file_or_at_the_server(
 
     assert len(secrets) > 4 * 4 * 6
     assert any(b"rounds" in place.encode() for place in files)
-    assert len(came) == 4 + 4 * 4 * 5
+    # Of each site: the invitation, five exchanges in the first round, four in those that resume it.
+    assert len(came) == 4 * (1 + 5 + 3 * 4)
     assert [place for place, found in texts.items() if any(secret in found for secret in secrets)] == []
 
 
@@ -243,6 +244,23 @@ def test_a_round_goes_on_without_a_site_that_is_killed(
         rounds, spent = await _over_a_death(consortium, study, tmp_path, crash)
 
         assert rounds == {1: list(included), 2: list(SITES), 3: list(SITES), 4: list(SITES)}
+        assert spent == {name: [1, 2, 3, 4] for name in SITES}
+
+    once(main, patience=5 * PATIENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "included"), [("mask", OTHERS), ("unmask", SITES)])
+def test_a_session_goes_on_without_a_site_that_is_killed(
+    consortium: Consortium, study: Study, tmp_path: Path, step: str, included: tuple[str, ...]
+) -> None:
+    """In mid-session: what it had of it is gone with it, and it is in the next round."""
+
+    async def main() -> None:
+        crash = f"lepton_fl.secagg.session_site:SessionRound.{step}:before:1"
+        rounds, spent = await _over_a_death(consortium, study, tmp_path, crash)
+
+        assert rounds == {1: list(SITES), 2: list(included), 3: list(SITES), 4: list(SITES)}
         assert spent == {name: [1, 2, 3, 4] for name in SITES}
 
     once(main, patience=5 * PATIENCE)

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fleet_harness import PARTY, Consortium, Front, Puppet, channel, once, request, until
+from fleet_harness import PARTY, Consortium, Front, Puppet, channel, once, request, stated, until
 
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.protocol.limits import MESSAGE_LIMIT
@@ -21,6 +21,7 @@ from lepton_fl.fleet.protocol.methods import FLEET
 from lepton_fl.fleet.protocol.payload import CHUNK
 from lepton_fl.fleet.server.hub import Reply
 from lepton_fl.messages import TRAIN
+from lepton_fl.secagg.identity import IdentityKey
 from lepton_fl.study import Study
 
 REPLY = os.urandom(3 * CHUNK + 17)
@@ -218,9 +219,10 @@ def test_bytes_that_are_no_message_end_their_stream_only(
         async with asked(consortium, study, tmp_path) as (front, bank, ended):
             async with channel(consortium, consortium.site("clinic"), front.port) as wire:
                 stream = wire.stream_stream(f"/{FLEET}/Connect")()
-                hello = pb.Hello(protocol=1, site="clinic", instance=bytes(16))
+                told = stated(IdentityKey.generate(), "clinic")
+                hello = pb.Hello(protocol=1, site="clinic", instance=bytes(16), statement=told)
                 await stream.write(pb.FromAgent(hello=hello).SerializeToString())
-                await stream.read()
+                assert pb.ToAgent.FromString(await stream.read()).HasField("welcome")
                 await stream.write(raw)
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     while await stream.read() is not grpc.aio.EOF:

@@ -36,6 +36,7 @@ from lepton_fl.fleet.server.lock import Running, running
 from lepton_fl.fleet.server.register import Register, Request
 from lepton_fl.fleet.server.studies import Run, Studies
 from lepton_fl.messages import CONFIG, METRICS, WEIGHT, from_record, identify, incoming, update_reply
+from lepton_fl.privacy.ledger import Head, Statement
 from lepton_fl.secagg.identity import IdentityKey
 from lepton_fl.study import Study
 
@@ -96,8 +97,10 @@ class Site:
     """Rounds that it does not answer."""
     insecure_seed: bool = False
     goodbyes: list[pb.Goodbye] = field(default_factory=list)
-    offers: set[str] = field(default_factory=set)
+    offers: dict[str, bytes] = field(default_factory=dict)
+    """By study, the signature that it came with last."""
     sessions: int = 0
+    ledger: IdentityKey = field(default_factory=IdentityKey.generate, repr=False)
 
     def rounds(self) -> list[int]:
         return [number for kind, number in self.asked if kind == "train"]
@@ -123,6 +126,7 @@ class Site:
             instance=os.urandom(16),
             insecure_seed=self.insecure_seed,
             device="cpu",
+            statement=self._state(),
         )
         await stream.write(pb.FromAgent(hello=hello))
         async for said in stream:
@@ -130,7 +134,7 @@ class Site:
                 case "welcome":
                     self.sessions += 1
                 case "offer":
-                    self.offers.add(said.offer.study_id)
+                    self.offers[said.offer.study_id] = said.offer.signature
                     await stream.write(self._to(said.offer.study_id))
                 case "heartbeat":
                     await stream.write(pb.FromAgent(heartbeat=pb.Heartbeat(state="idle")))
@@ -162,8 +166,17 @@ class Site:
             reply = Message(RecordDict({METRICS: MetricRecord({WEIGHT: 1.0})}), reply_to=message)
         payload = pack(reply.content, Path("/nonexistent"))
         return pb.Result(
-            exchange=asked.exchange, size=payload.size, sha256=payload.sha256, inline=payload.inline
+            exchange=asked.exchange,
+            size=payload.size,
+            sha256=payload.sha256,
+            inline=payload.inline,
+            statement=self._state(asked.run),
         )
+
+    def _state(self, run: str = "") -> bytes:
+        """Of a ledger in which nothing is charged."""
+        head = Head(1, bytes(32))
+        return Statement.issue(self.ledger, site=self.name, data_set="records", head=head, run=run).signed
 
 
 class Fleet:

@@ -15,6 +15,8 @@ import pytest
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.server.database import Database
 from lepton_fl.fleet.server.register import Register
+from lepton_fl.simulation.run import write_study
+from lepton_fl.site.approvals import StudySignature
 from lepton_fl.tasks.model_file import labels_of
 
 
@@ -68,6 +70,26 @@ def test_a_study_runs_from_its_offer_to_a_promoted_model(fleet, make_study, site
     assert (fleet.files.models / "rounds" / "current").resolve() == Path(promoted.out.strip()).resolve()
     assert again.code == 3
     assert not list((fleet.files.run(run.id) / "spool").iterdir())
+
+
+def test_a_study_that_is_signed_later_is_offered_again(fleet, make_study, sites, until, tmp_path, lepton):
+    """To sites that are connected, and by the command as it is typed."""
+    fleet.start()
+    study, file = make_study(), tmp_path / "study.toml"
+    write_study(file, study)
+    submit = ("study", "submit", file, "-c", fleet.config)
+    lepton(*submit)
+    until(lambda: all(study.id in site.offers for site in sites), "offers")
+    unsigned = [site.offers[study.id] for site in sites]
+    lepton("study", "key", "board.pem")
+    lepton("study", "sign", file, "--key", "board.pem")
+    again = lepton(*submit)
+    until(lambda: all(site.offers[study.id] for site in sites), "signatures")
+
+    assert unsigned == [b"", b""]
+    assert f"{study.study.name} was submitted before, signed by " in again.err
+    for site in sites:
+        assert StudySignature.read(site.offers[study.id], study.id).key.hex()[:16] in again.err
 
 
 def test_a_site_that_refuses_after_the_run_is_not_counted_on_for_another(

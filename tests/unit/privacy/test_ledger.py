@@ -94,6 +94,7 @@ def test_the_event_is_stored_as_data(ledger, spend):
         "noise_multiplier": 2.0,
         "sampling_rate": 0.2,
         "steps": 1,
+        "sites_per_unit": 1,
         "clip": 0.5,
         "unit": "patient",
         "delta": DELTA,

@@ -1,37 +1,53 @@
 """What others have seen of a ledger: rolled back, replaced, cloned or lost, it does not go on as it was."""
 
 import shutil
+import sqlite3
 from contextlib import closing
 
 import pytest
 
-from lepton_fl.errors import PolicyRefused, VerificationFailed
+from lepton_fl.errors import PolicyRefused, Unwritable, VerificationFailed
 from lepton_fl.privacy import Ledger, epsilon
-from lepton_fl.privacy.ledger import Head, Receipt, Statement, advance, recover
+from lepton_fl.privacy.ledger import Head, Receipt, Statement, Witness, recover
+from lepton_fl.privacy.ledger.audit import audit
 from lepton_fl.privacy.ledger.receipts import from_file, to_bytes
-from lepton_fl.secagg.encoding import encode
+from lepton_fl.secagg.encoding import decode, encode
 from lepton_fl.secagg.identity import IdentityKey
 
 DATA = "cards-2026"
 DELTA = 1e-5
 
 
-class Witness:
-    """The server, or a peer: it countersigns what it sees, and knows how far each ledger was."""
+class Giver:
+    """A witness on disk, and all receipts that it gave."""
 
-    def __init__(self, name):
-        self.name, self.key, self.known, self.gave = name, IdentityKey.generate(), {}, []
+    def __init__(self, witness):
+        self.witness, self.gave = witness, []
 
     def see(self, statement):
-        seen = self.known.get(statement.ledger)
-        self.known[statement.ledger] = advance(seen, statement.head)
-        self.gave.append(Receipt.issue(self.key, witness=self.name, statement=statement))
+        self.witness.see(statement)
+        self.gave += self.witness.countersign()
         return self.gave[-1]
 
 
 @pytest.fixture
-def server():
-    return Witness("server")
+def make_witness(tmp_path):
+    """A witness of this name; the same file and key when it is made again."""
+    keys, made = {}, []
+
+    def make(name):
+        key = keys.setdefault(name, IdentityKey.generate())
+        made.append(Witness(tmp_path / f"{name}.db", name=name, key=key))
+        return Giver(made[-1])
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def server(make_witness):
+    return make_witness("server")
 
 
 @pytest.fixture
@@ -116,9 +132,9 @@ def test_receipts_are_a_file(tmp_path, ledger, run_rounds, server):
         from_file(file)
 
 
-def test_the_highest_receipt_of_each_witness_is_kept(path, ledger, run_rounds, server):
+def test_the_highest_receipt_of_each_witness_is_kept(path, ledger, run_rounds, server, make_witness):
     """Over a restart; an older one that comes late changes nothing."""
-    peer = Witness("hospital")
+    peer = make_witness("hospital")
     run_rounds(ledger, [1], server, peer)
     run_rounds(ledger, [2, 3], server)
     ledger.keep(server.gave[0])
@@ -130,26 +146,218 @@ def test_the_highest_receipt_of_each_witness_is_kept(path, ledger, run_rounds, s
     assert path.with_suffix(".receipts").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_witness_that_takes_new_keys_fills_no_disk(path, ledger, run_rounds):
+    """A server could name another with each connection."""
+    run_rounds(ledger, [1])
+    told = ledger.state(site="bank", data_set=DATA)
+    for _ in range(20):
+        ledger.keep(Receipt.issue(IdentityKey.generate(), witness="the server", statement=told))
+    assert len(ledger.kept) == 1
+    assert len(from_file(path.with_suffix(".receipts"))) == 1
+
+
+def test_a_damaged_witness_refuses_no_site(server, make_witness):
+    """A bit of the disk is not a ledger that has gone back: the witness's own people are told what to do."""
+    server.see(stated(2))
+    with sqlite3.connect(server.witness.path) as db:
+        (signed,) = db.execute("SELECT signed FROM known").fetchone()
+        db.execute("UPDATE known SET signed = ?", (signed[:-1] + bytes([signed[-1] ^ 1]),))
+    db.close()
+    with pytest.raises(Unwritable, match=r"server\.db.*cannot be used") as found:
+        make_witness("server").witness.see(stated(3))
+    assert "remove it where it is damaged" in found.value.fix
+
+
+def test_data_sets_without_end_are_not_remembered(server, monkeypatch):
+    """A site may invent them; those that are known are judged as ever."""
+    monkeypatch.setattr("lepton_fl.privacy.ledger.witness.MAX_LEDGERS", 3)
+    keys = [IdentityKey.generate() for _ in range(9)]
+    for number, key in enumerate(keys):
+        told = stated(2, key=key, data_set=f"set-{number}")
+        if number < 3:
+            server.see(told)
+            continue
+        with pytest.raises(VerificationFailed, match="one more data set"):
+            server.see(told)
+    assert len(server.witness.highest("bank")) == 3
+    server.see(stated(5, key=keys[0], data_set="set-0"))
+    with pytest.raises(VerificationFailed, match="rolled back"):
+        server.see(stated(4, key=keys[0], data_set="set-0"))
+
+
+def test_charges_without_end_do_not_fill_a_witness(
+    ledger, run_rounds, server, make_witness, make_charge, monkeypatch
+):
+    """A site that invents them loses its own oldest, and nobody else's."""
+    monkeypatch.setattr("lepton_fl.privacy.ledger.witness.MAX_CHARGES", 10)
+    run_rounds(ledger, [1], server)
+    for number in range(1, 31):
+        entry = Head(number, bytes([number]) * 32)
+        server.see(
+            Statement.issue(
+                OTHER,
+                site="rogue",
+                data_set="x",
+                head=entry,
+                run="r",
+                charge=make_charge(number),
+                entry=entry,
+            )
+        )
+        server.see(server.gave[-1].statement)
+    for witness in (server.witness, make_witness("server").witness):
+        kept = [Statement.read(one).round for one in witness.last("rogue", rounds=99)[:-1]]
+        assert kept == list(range(21, 31))
+        assert [one.statement.round for one in witness.receipts("bank")] == [1, 1]
+
+
+LEDGER, OTHER = IdentityKey.generate(), IdentityKey.generate()
+
+
+def stated(counter, digest=b"a", *, key=LEDGER, data_set=DATA, settled=()):
+    """A ledger of the bank's at this head."""
+    return Statement.issue(
+        key, site="bank", data_set=data_set, head=Head(counter, digest * 32), settled=settled
+    )
+
+
 @pytest.mark.parametrize(
-    ("known", "shown"),
+    ("shown", "found"),
     [
-        (Head(5, b"a" * 32), Head(4, b"b" * 32)),
-        (Head(5, b"a" * 32), Head(5, b"b" * 32)),
-        (Head(5, b"a" * 32), Head(1, b"a" * 32)),
+        (stated(4, b"b"), "rolled back, or two agents"),
+        (stated(5, b"b"), "rolled back, or two agents"),
+        (stated(1), "rolled back, or two agents"),
+        (stated(9, key=OTHER), "another ledger for data set cards-2026"),
+        (stated(4, b"b", settled=[(LEDGER.public, Head(4, b"a" * 32))]), "rolled back"),
+        (stated(9, key=OTHER, settled=[(LEDGER.public, Head(4, b"a" * 32))]), "another ledger"),
     ],
 )
-def test_a_witness_finds_a_ledger_that_goes_back(known, shown):
-    """Behind, or another at the same place."""
-    with pytest.raises(VerificationFailed, match="rolled back, or two agents"):
-        advance(known, shown)
+def test_a_witness_finds_a_ledger_that_goes_back(server, shown, found):
+    """Behind, another at the same place, or in its place; also where less was recovered than was seen."""
+    server.see(stated(5))
+
+    with pytest.raises(VerificationFailed, match=found):
+        server.see(shown)
+    assert [one.statement.head.counter for one in server.witness.highest("bank")] == [5]
 
 
-def test_a_witness_takes_a_ledger_that_goes_on():
-    """And one that stands still."""
-    head = Head(5, b"a" * 32)
+@pytest.mark.parametrize(
+    "shown",
+    [
+        stated(5),
+        stated(6, b"b"),
+        stated(9, key=OTHER, data_set="cards-2027"),
+        stated(3, b"b", settled=[(LEDGER.public, Head(5, b"a" * 32))]),
+        stated(2, key=OTHER, settled=[(LEDGER.public, Head(7, b"a" * 32))]),
+    ],
+)
+def test_a_witness_takes_a_ledger_that_goes_on(server, shown):
+    """And one that stands still, one of another data set, and one that was recovered."""
+    server.see(stated(5))
 
-    assert advance(None, head) == advance(head, head) == head
-    assert advance(head, Head(6, b"b" * 32)).counter == 6
+    assert server.see(shown).statement == shown
+
+
+def test_a_witness_that_is_killed_knows_what_it_has_seen(server, make_witness):
+    """Before it gave a receipt; its file is opened anew without having been closed."""
+    server.witness.see(stated(5))
+    again = make_witness("server")
+
+    with pytest.raises(VerificationFailed, match="rolled back"):
+        again.see(stated(4, b"b"))
+    assert [one.statement.head.counter for one in again.witness.countersign()] == [5]
+    assert again.witness.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_witness_gives_a_receipt_for_the_last_of_many(server, path, ledger, run_rounds):
+    """One signature for each ledger and time, and every charge is in what it can hand over."""
+    run_rounds(ledger, [1, 2, 3])
+    for round in (1, 2, 3):
+        server.witness.see(ledger.state(site="bank", data_set=DATA, run="r", round=round))
+
+    (given,) = server.witness.countersign()
+    assert (given.statement.round, given.witness, given.key) == (3, "server", server.witness.key)
+    assert server.witness.countersign() == []
+    assert [one.statement.round for one in server.witness.receipts("bank")] == [1, 2, 3, 3]
+    assert [Statement.read(one).round for one in server.witness.last("bank", rounds=2)] == [2, 3, 3]
+    assert server.witness.receipts("hospital") == []
+
+
+def test_what_a_refused_ledger_released_is_remembered(path, ledger, run_rounds, server, open_ledger):
+    """It has left, so recovery charges it; what is stated again, of a later head, is the same charge."""
+    run_rounds(ledger, [1], server)
+    ledger.close()
+    clone = copy_of(path, "clone")
+    with closing(Ledger(path)) as first, closing(Ledger(clone)) as second:
+        run_rounds(first, [2, 3], server)
+        run_rounds(second, [2])
+        late = second.state(site="bank", data_set=DATA, run="r", round=2)
+        for statement in (late, second.restate(late)):
+            with pytest.raises(VerificationFailed, match="two agents"):
+                server.see(statement)
+
+    assert recover(path, server.witness.receipts("bank"), site="bank").charged == 1
+    with closing(Ledger(path)) as again:
+        assert sorted(rounds_of(again))[1:3] == [("r", 2, "recovered"), ("r", 2, "released")]
+
+
+def test_a_recovered_ledger_is_taken_by_its_witness(path, ledger, run_rounds, server, open_ledger):
+    """Though it has fewer entries than the one that was lost; another older copy is found as before."""
+    run_rounds(ledger, [1], server)
+    ledger.close()
+    old = copy_of(path, "backup")
+    with closing(Ledger(path)) as later:
+        run_rounds(later, [2, 3], server)
+    put_back(old, path)
+    recover(path, server.witness.receipts("bank"), site="bank")
+    again = open_ledger()
+    assert again.head().counter < server.gave[-1].statement.head.counter
+    server.see(again.state(site="bank", data_set=DATA))
+    run_rounds(again, [4], server)
+
+    assert {one.statement.head for one in again.kept} == {again.head()}
+    with closing(Ledger(old)) as rolled, pytest.raises(VerificationFailed, match="rolled back"):
+        run_rounds(rolled, [5], server)
+
+
+def test_what_is_stated_late_is_stated_of_the_head_of_then(ledger, run_rounds):
+    """With the same round and charge, so that statements leave in the order of their heads."""
+    run_rounds(ledger, [1])
+    identity = IdentityKey.generate()
+    told = ledger.state(site="bank", data_set=DATA, run="r", round=1, identity=identity)
+    assert ledger.restate(told, identity) == told
+    run_rounds(ledger, [2])
+
+    late = Statement.read(ledger.restate(told, identity).signed)
+    assert late.head == ledger.head() != told.head
+    assert (late.round, late.entry, late.charge, late.identity) == (
+        1,
+        told.entry,
+        told.charge,
+        identity.public,
+    )
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_statement_has_both_signatures(ledger, part):
+    """The ledger's, and that of the site whose it says it is."""
+    made = ledger.state(site="bank", data_set=DATA, identity=IdentityKey.generate())
+    body, *signatures = decode(made.signed)
+    signatures[part - 1] = bytes(64)
+
+    with pytest.raises(VerificationFailed, match="a signature is not its signer's"):
+        Statement.read(encode(body, *signatures))
+
+
+@pytest.mark.parametrize("at", [3, 6, 8, 10])
+def test_a_statement_that_contradicts_itself_is_none(at):
+    """No entry, a round without a charge, an entry of none, an end that is no end."""
+    body = list(decode(stated(5).signed)[0])
+    body[at] = {3: 0, 6: 1, 8: 2, 10: [1]}[at]
+    signed = encode(body, LEDGER.sign("lepton-fl/ledger-statement/1", *body), b"")
+
+    with pytest.raises(VerificationFailed, match="malformed"):
+        Statement.read(signed)
 
 
 # --- an agent that must not go on ---
@@ -214,6 +422,8 @@ def test_a_clone_is_found_by_both_sides(path, ledger, run_rounds, server):
             run_rounds(second, [3], server)
         with pytest.raises(VerificationFailed, match="two agents"):
             second.keep(server.gave[-1])
+    with pytest.raises(VerificationFailed, match="two agents"):
+        Ledger(clone)
 
 
 def test_a_ledger_put_in_anothers_place_is_found(path, ledger, run_rounds, server):
@@ -348,9 +558,9 @@ def test_a_lost_write_ahead_log_is_recovered(path, ledger, run_rounds, server, o
         assert again.spent(DATA, DELTA) == ledger.spent(DATA, DELTA)
 
 
-def test_a_late_receipt_of_the_lost_branch_is_recovered_too(path, ledger, run_rounds, server):
+def test_a_late_receipt_of_the_lost_branch_is_recovered_too(path, ledger, run_rounds, server, make_witness):
     """Of a peer who was away when the others were asked."""
-    peer = Witness("hospital")
+    peer = make_witness("hospital")
     run_rounds(ledger, [1], server)
     ledger.close()
     old = copy_of(path, "backup")
@@ -366,6 +576,55 @@ def test_a_late_receipt_of_the_lost_branch_is_recovered_too(path, ledger, run_ro
     with closing(Ledger(path)) as again:
         again.check([*peer.gave, *server.gave])
         assert sorted(round for _, round, _ in rounds_of(again)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_was_stated_before_a_lost_end_stops_nobody_after_a_recovery(
+    path, ledger, run_rounds, server, make_witness, open_ledger, whole
+):
+    """A peer that has kept each statement could have the site recover once more with every one of them."""
+    peer = make_witness("hospital")
+    run_rounds(ledger, [1], server)
+    old = copy_of(path, "backup")
+    kept = []
+    for round in (2, 3, 4):
+        # What is stated of this is of no round, and the witness soon has a later one in its place.
+        ledger.release(DATA, study="s", run="r", what=f"figures {round}", charged=False)
+        kept.append(peer.see(ledger.state(site="bank", data_set=DATA)))
+        run_rounds(ledger, [round], server)
+        kept.append(peer.see(ledger.state(site="bank", data_set=DATA, run="r", round=round)))
+    ledger.close()
+    if whole:
+        shutil.rmtree(path.parent)
+        path.parent.mkdir()
+    else:
+        put_back(old, path)
+    recover(path, server.gave, site="bank", accept_loss=True)
+
+    again = open_ledger()
+    for receipt in kept:
+        again.keep(receipt)
+    again.close()
+    found = recover(path, kept, site="bank")
+    assert (found.charged, found.lost) == (0, 0)
+    again = open_ledger()
+    assert sorted(round for _, round, _ in rounds_of(again)) == [1, 2, 3, 4]
+    assert audit(path, given=kept).book.head == again.head()
+
+
+def test_a_late_charge_of_a_lost_ledger_counts_no_entry_twice(path, ledger, run_rounds, server, open_ledger):
+    """Its round is charged, and nobody is asked to accept a loss that was accepted before."""
+    run_rounds(ledger, [1, 2, 3, 4], server)
+    ledger.close()
+    shutil.rmtree(path.parent)
+    path.parent.mkdir()
+    assert recover(path, server.gave[-1:], site="bank", accept_loss=True).lost
+
+    with closing(Ledger(path)) as again, pytest.raises(VerificationFailed):
+        again.check(server.gave[1:2])
+    found = recover(path, server.gave[1:2], site="bank")
+    assert (found.charged, found.lost) == (1, 0)
+    assert sorted(round for _, round, _ in rounds_of(open_ledger())) == [2, 4]
 
 
 def test_recovery_does_not_mend_what_was_changed(path, ledger, run_rounds, server):
@@ -394,12 +653,14 @@ def test_a_recovered_round_is_not_charged_again(path, ledger, run_rounds, server
         assert again.spent(DATA, DELTA) == epsilon([make_charge().event], DELTA)
 
 
-def test_a_round_that_two_clones_released_is_charged_twice(path, ledger, run_rounds, server, open_ledger):
+def test_a_round_that_two_clones_released_is_charged_twice(
+    path, ledger, run_rounds, server, open_ledger, make_witness
+):
     """Each with noise of its own: both have left, and both count."""
     run_rounds(ledger, [1], server)
     ledger.close()
     clone = copy_of(path, "clone")
-    peer = Witness("hospital")
+    peer = make_witness("hospital")
     with closing(Ledger(path)) as first, closing(Ledger(clone)) as second:
         run_rounds(first, [2], server)
         run_rounds(second, [2], peer)

@@ -6,16 +6,20 @@ import errno
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import grpc.aio
 import pytest
 
-from lepton_fl.errors import ConnectionFailed, IdentityRefused, ProtocolError
+from lepton_fl import __version__
+from lepton_fl.errors import ConnectionFailed, IdentityRefused, ProtocolError, VerificationFailed
 from lepton_fl.fleet.agent import exchanges
 from lepton_fl.fleet.agent.agent import Agent
 from lepton_fl.fleet.agent.peer import check_clock, check_release
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.messages import EVALUATE, JOIN, SITS_OUT
+from lepton_fl.privacy.ledger import Head, Receipt, Statement
+from lepton_fl.secagg.identity import IdentityKey
 from lepton_fl.site import client_app
 
 NOW = 1_800_000_000.0
@@ -703,6 +707,7 @@ class Renewing:
     """A member whose certificate is due once."""
 
     roster_version = 7
+    identity = SimpleNamespace(site="clinic", identity_key=IdentityKey.generate())
 
     def __init__(self, *failures) -> None:
         self.failures = list(failures)
@@ -888,3 +893,116 @@ def test_left_files_are_gone_at_the_next_start(home, site):
     Agent(client_app(site), lambda: None, home / "state")
 
     assert list(spool.iterdir()) == []
+
+
+# --- the ledger under witness ---
+
+
+def states(connection_said):
+    return Statement.read(connection_said.statement)
+
+
+def test_what_leaves_late_is_stated_in_order(play, ask, site, study):
+    """A reply that was not acknowledged before the connection was cut, and one that was made meanwhile."""
+
+    async def scene(puppet, agent):
+        connection = await puppet.next()
+        hello = await connection.welcome()
+        await connection.say(assign=ask(exchange=b"1" * 16)[0])
+        first = await connection.hear("result")
+        connection.over.set()
+        connection = await puppet.next()
+        again = await connection.welcome(still=[b"1" * 16])
+        await connection.say(assign=ask(exchange=b"2" * 16, round=2)[0])
+        second = await connection.hear("result")
+        await connection.say(assign=ask(exchange=b"1" * 16)[0])
+        late = await connection.hear("result")
+
+        heads = [states(said).head.counter for said in (hello, first, again, second, late)]
+        assert heads == sorted(heads)
+        assert [states(said).round for said in (hello, first, again, second, late)] == [0, 1, 0, 2, 1]
+        assert first.sha256 == late.sha256
+        assert states(late).entry == states(first).entry
+        for exchange in (b"1" * 16, b"2" * 16):
+            await connection.say(ack=pb.Ack(exchange=exchange))
+
+    assert play(scene) is None
+
+
+def test_what_is_countersigned_goes_to_the_connection_that_asked(play, monkeypatch):
+    """One message for each that asked; what was asked over a connection that is gone is not sent unasked."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def countersigned(_, signed):
+        begun.set()
+        assert go_on.wait(30)
+        return list(signed)
+
+    monkeypatch.setattr("lepton_fl.fleet.agent.ledger.StatedLedger.witness", countersigned)
+
+    async def scene(puppet, agent):
+        connection = await puppet.next()
+        await connection.welcome()
+        await connection.say(statements=pb.Statements(signed=[b"before"]))
+        await connection.until(begun.is_set)
+        connection.over.set()
+        connection = await puppet.next()
+        await connection.welcome()
+        for told in (b"first", b"second"):
+            await connection.say(statements=pb.Statements(signed=[told]))
+        await connection.until(lambda: len(agent._unread) == 2)
+        go_on.set()
+        given = [list((await connection.hear("receipts")).signed) for _ in range(2)]
+        assert given == [[b"first"], [b"second"]]
+
+    assert play(scene) is None
+
+
+def test_what_is_asked_after_a_receipt_that_shows_more_is_not_charged(play, ask, site):
+    """They come one after another; the agent ends, with what its people must do."""
+    key, data_set = IdentityKey.generate(), site.budget.data_set
+    head = Head(99, bytes(32))
+    told = Statement.issue(site.ledger._key, site="clinic", data_set=data_set, head=head)
+    receipt = Receipt.issue(key, witness="the server", statement=told)
+
+    async def scene(puppet, agent):
+        connection = await puppet.next()
+        await connection.hear("hello")
+        await connection.say(
+            welcome=pb.Welcome(
+                protocol=1, release=__version__, heartbeat_s=5.0, party=101, witness=key.public
+            )
+        )
+        await connection.say(receipts=pb.Receipts(signed=[receipt.signed]))
+        await connection.say(assign=ask()[0])
+        await connection.ended_by_agent()
+
+    ended = play(scene, stops=False)
+
+    assert isinstance(ended, VerificationFailed)
+    assert "the server has seen entry 99" in ended.message
+    assert "lepton-fl budget recover" in ended.fix
+    assert site.ledger.history(data_set) == []
+
+
+def test_ledgers_that_are_told_of_without_end_do_not_keep_the_site_from_its_work(play, ask, monkeypatch):
+    """Each turn of the worker ends, however quickly a server says more."""
+    read = []
+
+    async def scene(puppet, agent):
+        def countersigned(_, signed):
+            read.append(len(read))
+            if len(read) < 200:
+                # As if the server had just said so again.
+                agent._unread.append((pb.ToAgent(statements=pb.Statements(signed=signed)), b"", None))
+            return []
+
+        monkeypatch.setattr("lepton_fl.fleet.agent.ledger.StatedLedger.witness", countersigned)
+        connection = await puppet.next()
+        await connection.welcome()
+        await connection.say(statements=pb.Statements(signed=[b"told"]))
+        await connection.say(assign=ask()[0])
+        await connection.hear("result")
+        assert 0 < len(read) < 200
+
+    assert play(scene) is None

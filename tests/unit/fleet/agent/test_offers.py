@@ -6,12 +6,13 @@ import stat
 import pytest
 
 from lepton_fl.config import parse
-from lepton_fl.errors import ConfigError, PolicyRefused
+from lepton_fl.errors import ConfigError, PolicyRefused, VerificationFailed
 from lepton_fl.fleet.agent import offers as module
-from lepton_fl.fleet.agent.offers import offers_of
+from lepton_fl.fleet.agent.offers import approving_key, offers_of
 from lepton_fl.fleet.protocol import fleet_pb2 as pb
 from lepton_fl.fleet.protocol.limits import MAX_STUDY
-from lepton_fl.site.policy import Approvals
+from lepton_fl.secagg.identity import IdentityKey
+from lepton_fl.site.approvals import Approvals, StudySignature
 from lepton_fl.study import Study
 
 
@@ -24,7 +25,13 @@ def manual(home):
 
 
 @pytest.fixture
-def offers(manual):
+def key(manual):
+    """What the clinic's approvals are signed with: its ledger's key, which is begun for it."""
+    return approving_key(manual / "site.toml")
+
+
+@pytest.fixture
+def offers(manual, key):
     return offers_of(manual / "site.toml")
 
 
@@ -133,14 +140,85 @@ def test_a_study_that_was_never_offered_is_not_found(offers):
 # Judgement
 
 
-def test_a_study_waits_for_a_person_who_may_change_their_mind(offers, study):
+def test_a_study_waits_for_a_person_who_may_change_their_mind(offers, study, key):
     """The last word counts."""
     states = [offers.judge(study).state]
-    for say in (offers.approve, lambda s: offers.refuse(s, "not \n now"), offers.approve):
+    for say in (lambda s: offers.approve(s, key), lambda s: offers.refuse(s, "not \n now")) * 2:
         say(study)
         states.append(offers.judge(study).state)
 
-    assert states == ["waiting", "approved", "refused", "approved"]
+    assert states == ["waiting", "approved", "refused", "approved", "refused"]
+
+
+def test_an_approval_that_does_not_count_is_waited_for_anew(offers, study, manual):
+    """As releases before wrote it, unsigned: the site's people read why."""
+    (manual / "state" / "approvals.jsonl").write_text(f'{{"study": "{study.id}", "name": "heart"}}\n')
+
+    judged = offers.judge(study)
+
+    assert judged.state == "waiting"
+    assert judged.reason.endswith("approvals.jsonl is not signed, as in releases before this one")
+
+
+def test_a_ledger_that_is_gone_is_not_begun_anew_by_an_approval(manual, study):
+    """What it spent would be forgotten."""
+    replies = manual / "state" / "replies" / "run"
+    replies.mkdir(parents=True)
+    (replies / "reply").touch()
+
+    with pytest.raises(ConfigError, match=r"ledger\.db: is gone"):
+        approving_key(manual / "site.toml")
+
+
+# Signed studies
+
+
+@pytest.fixture
+def operator():
+    return IdentityKey.generate()
+
+
+@pytest.fixture
+def signed_only(home, operator):
+    """The clinic's policy lets in what the operator has signed."""
+    policy = home / "policy.toml"
+    asked = f'"signed-study"\nstudy_key = "{operator.public.hex()}"'
+    policy.write_text(policy.read_text().replace('"auto"', asked))
+    return home
+
+
+def test_a_study_that_comes_signed_needs_no_person(signed_only, operator, study):
+    """Not before its signature has come."""
+    offers = offers_of(signed_only / "site.toml")
+    taken(offers, study)
+    states = [offers.judge(study).state]
+    signature = StudySignature.sign(operator, study.id).to_bytes()
+    offers.take(study.canonical, study.id, current=(), signature=signature)
+    states.append(offers.judge(study).state)
+
+    assert states == ["refused", "approved"]
+
+
+def test_a_signature_that_is_none_is_not_kept(signed_only, operator, study, another):
+    """Nor the study that came with it."""
+    offers = offers_of(signed_only / "site.toml")
+    wrong = StudySignature.sign(operator, another().id).to_bytes()
+
+    with pytest.raises(VerificationFailed, match="not its signer's"):
+        offers.take(study.canonical, study.id, current=(), signature=wrong)
+    assert offers.list() == []
+
+
+def test_signatures_make_room_with_their_studies(signed_only, operator, another, monkeypatch):
+    """No file is left of a study that is kept no longer."""
+    monkeypatch.setattr(module, "MAX_OFFERS", 1)
+    offers = offers_of(signed_only / "site.toml")
+    for study in (another("s0"), another("s1")):
+        signature = StudySignature.sign(operator, study.id).to_bytes()
+        offers.take(study.canonical, study.id, current=(), signature=signature)
+
+    kept = {path.name for path in (signed_only / "state" / "studies").iterdir()}
+    assert kept == {f"{study.id}.canonical", f"{study.id}.sig"}
 
 
 def test_a_persons_reason_is_told(offers, study):
@@ -171,12 +249,12 @@ def test_a_policy_refuses_without_its_numbers(offers, another):
     assert judged.public == "the site's policy refuses the study (budget.epsilon_per_study)"
 
 
-def test_what_the_policy_forbids_cannot_be_approved(offers, another):
+def test_what_the_policy_forbids_cannot_be_approved(offers, another, key):
     """Nor is it written down as if it were."""
     study = another(privacy={"epsilon": 9.0, "delta": 1e-3})
 
     with pytest.raises(PolicyRefused):
-        offers.approve(study)
+        offers.approve(study, key)
 
     assert not offers._approvals.has(study.id)
 
@@ -196,18 +274,18 @@ def test_no_policy_refuses(offers, study, manual):
     assert offers.judge(study).state == "refused"
 
 
-def test_approvals_are_closed_to_others(tmp_path, study):
+def test_approvals_are_closed_to_others(tmp_path, study, key):
     """From their first line."""
-    approvals = Approvals(tmp_path / "approvals.jsonl")
-    approvals.add(study)
+    approvals = Approvals(tmp_path / "approvals.jsonl", key=key.public)
+    approvals.add(study, key)
 
     assert stat.S_IMODE(approvals.path.stat().st_mode) == 0o600
 
 
-def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path, study):
+def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path, study, key):
     """A refusal holds, whatever a full disk has left before it."""
-    approvals = Approvals(tmp_path / "approvals.jsonl")
-    approvals.add(study)
+    approvals = Approvals(tmp_path / "approvals.jsonl", key=key.public)
+    approvals.add(study, key)
     with approvals.path.open("ab") as file:
         file.write(b'{"study": "')
     approvals.refuse(study, "not before the audit")
@@ -222,7 +300,7 @@ def offer(study):
     return pb.Offer(canonical=study.canonical, study_id=study.id)
 
 
-def test_an_agent_answers_and_answers_again_when_its_people_have_spoken(manual, play, study):
+def test_an_agent_answers_and_answers_again_when_its_people_have_spoken(manual, key, play, study):
     """Without a restart; the policy may change too."""
     offers = offers_of(manual / "site.toml")
     answers = []
@@ -232,11 +310,11 @@ def test_an_agent_answers_and_answers_again_when_its_people_have_spoken(manual, 
         await server.welcome()
         await server.say(offer=offer(study))
         answers.append(await server.hear("answer"))
-        offers.approve(study)
+        offers.approve(study, key)
         answers.append(await server.hear("answer"))
         offers.refuse(study, "no")
         answers.append(await server.hear("answer"))
-        offers.approve(study)
+        offers.approve(study, key)
         answers.append(await server.hear("answer"))
         policy = manual / "policy.toml"
         policy.write_text(policy.read_text().replace("epsilon_per_study = 5.0", "epsilon_per_study = 1.0"))
@@ -265,6 +343,26 @@ def test_an_agent_answers_once_however_often_it_is_offered(play, study, home):
     play(scene)
 
     assert heard == [pb.Answer.APPROVED, False]
+
+
+def test_an_agent_answers_again_when_a_study_has_been_signed(signed_only, operator, play, study):
+    """The same study, offered anew with its signature."""
+    answers = []
+
+    async def scene(puppet, agent):
+        server = await puppet.next()
+        await server.welcome()
+        await server.say(offer=offer(study))
+        answers.append(await server.hear("answer"))
+        signed = offer(study)
+        signed.signature = StudySignature.sign(operator, study.id).to_bytes()
+        await server.say(offer=signed)
+        answers.append(await server.hear("answer"))
+
+    play(scene)
+
+    assert [answer.state for answer in answers] == [pb.Answer.REFUSED, pb.Answer.APPROVED]
+    assert answers[0].reason == "the site's policy refuses the study (require.approval)"
 
 
 def test_an_approved_study_is_made_ready(play, study, site):

@@ -81,6 +81,7 @@ class Place:
         self.database = Database(self.files.database)
         self.studies = Studies(self.database)
         self.hub = Hub(grace=1.0, payload_limit=1 << 20)
+        self.relayed: list[object] = []
         self.hub.sessions[101] = Session(
             party=101,
             site="a",
@@ -97,6 +98,7 @@ class Place:
             Journal(self.studies),
             Telemetry(),
             lambda: {101: "a"},
+            relay=self.relayed.append,
             roster_key=bytes(32),
         )
         study = parse(Study, STUDY, file="study.toml")
@@ -162,6 +164,22 @@ def test_a_process_that_dies_after_a_round_is_begun_again(in_place):
 
     assert (run.state, run.done) == ("finished", 5)
     assert len(rounds) == 5 > ATTEMPTS
+
+
+def test_sites_countersign_every_tenth_round_and_at_the_end(in_place):
+    """So that no round waits for it, and no more than ten are in the server's memory alone."""
+    told = """
+for number in (9, 10, 11, 20):
+    event = {"event": "round", "round": number, "sites": ["a"], "dropped": {}, "seconds": 0.1}
+    frames.send(pb.FromRunner(progress=pb.Progress(json=json.dumps(event))))
+frames.send(pb.FromRunner(finished=pb.Finished(exit_code=0, json=json.dumps({"done": 4, "model": "m"}))))
+"""
+
+    async def scenario(place):
+        await place.until("finished")
+        return place.relayed
+
+    assert in_place(TELL + told, scenario) == [{101: "a"}] * 3
 
 
 def test_a_run_has_finished_also_where_its_spool_cannot_be_emptied(in_place):

@@ -29,6 +29,21 @@ class Listener:
     def refused(self, reason): ...
 
 
+class Unasked:
+    """In the place of the ledgers, of which nothing is asked here."""
+
+    key = b""
+
+    def take(self, site, statement, request=None):
+        pass
+
+    def receipts(self, site):
+        return pb.ToAgent(receipts=pb.Receipts())
+
+    def entered(self, session):
+        pass
+
+
 class Caller:
     """One agent's stream. It says hello and no more; `stuck`: it reads its welcome and nothing after."""
 
@@ -61,7 +76,9 @@ def test_agents_that_come_back_do_not_keep_a_server_from_leaving():
     """One does not read its farewell, and meanwhile another is here again: it is sent away at the door."""
 
     async def scenario():
-        service = FleetService(Hub(grace=1.0, payload_limit=1 << 20), Gate(), Listener(), heartbeat=10.0)
+        service = FleetService(
+            Hub(grace=1.0, payload_limit=1 << 20), Gate(), Listener(), Unasked(), heartbeat=10.0
+        )
         first, stuck = Caller(service, 101), Caller(service, 102, stuck=True)
         await first.welcomed.wait()
         await stuck.welcomed.wait()

@@ -61,6 +61,17 @@ def test_a_study_is_submitted_once(studies):
     assert [s.study() for s in studies.studies()] == [study()]
 
 
+def test_a_study_that_is_signed_later_is_the_same_study(studies):
+    """The last signature goes with it; one that comes without takes none away."""
+    signatures = []
+    for signature in (b"", b"first", b"second", b""):
+        studies.submit(study(), signature=signature)
+        signatures.append(studies.signatures().get(study().id))
+
+    assert signatures == [None, b"first", b"second", b"second"]
+    assert len(studies.studies()) == 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [
