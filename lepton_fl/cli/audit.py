@@ -41,9 +41,9 @@ def audit_verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Verify a ledger: each entry, each signature, the sums against the site's policy; exit 7 with the entry.
+    """Verify a ledger: each entry and signature, the sums by the site's policy, approvals of its studies.
 
-    Reads only, and needs no private key: a copy of the file will do.
+    Exit 7 with the first that is wrong. Reads only, and needs no private key: a copy of the file will do.
     """
     from lepton_fl.cli.auditing import verify
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lepton_fl.cli.budgets import SiteBudget, budgets
+from lepton_fl.errors import VerificationFailed
 from lepton_fl.privacy.ledger.audit import Audited, audit, check_limits
+from lepton_fl.privacy.ledger.book import Book
 from lepton_fl.privacy.ledger.receipts import from_file
+from lepton_fl.site.approvals import Approvals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +20,8 @@ class Verified:
     audited: Audited
     policy: str
     """Whose limits the sums were held against; empty where only the ledger was given."""
+    approved: int = 0
+    """Studies charged since the last renewal that people at the site have approved, by signature."""
 
     @property
     def rounds(self) -> list[str]:
@@ -43,11 +48,13 @@ class Verified:
             "entries_lost": book.lost,
             "renewals": len(self.audited.renewals),
             "compared_with": list(self.audited.compared),
+            "studies_approved": self.approved,
             "policy": self.policy or None,
         }
 
     def as_row(self) -> tuple[str, ...]:
         book = self.audited.book
+        approvals = [f"{self.approved} approval{'' if self.approved == 1 else 's'}"] if self.approved else []
         return (
             str(self.audited.path),
             str(book.head.counter),
@@ -55,16 +62,16 @@ class Verified:
             book.key.hex()[:16],
             str(len(self.rounds)),
             str(self.rounds.count("released")),
-            ", ".join(self.audited.compared) or "nothing beside it",
+            ", ".join([*self.audited.compared, *approvals]) or "nothing beside it",
             f"within {self.policy}" if self.policy else "none given",
         )
 
 
 def verify(place: Path, files: list[Path], key: bytes | None) -> list[Verified]:
-    """Verify the ledger at `place`, or those of the sites there, against their policies.
+    """Verify the ledger at `place`, or those of the sites there, against their policies and approvals.
 
     Raises:
-        VerificationFailed: the first entry that is wrong.
+        VerificationFailed: the first entry that is wrong, or the approval of a study that was charged.
         ConfigError: there is no ledger.
     """
     given = [receipt for file in files for receipt in from_file(file)]
@@ -80,4 +87,17 @@ def _of(budget: SiteBudget, audited: Audited) -> Verified:
         budget.policy.ledger_budget(str(budget.policy_file)),
         officer=None if officer is None else bytes.fromhex(officer),
     )
-    return Verified(audited=audited, policy=str(budget.policy_file))
+    return Verified(audited=audited, policy=str(budget.policy_file), approved=_approved(budget, audited.book))
+
+
+def _approved(budget: SiteBudget, book: Book) -> int:
+    """How many of the studies that a ledger was charged for people had approved, each by the ledger's key."""
+    approvals = Approvals(budget.approvals_file, key=book.key)
+    charged = book.of(budget.data_set).studies
+    for study_id, study in charged.items():
+        if flaw := approvals.flaw(study_id):
+            raise VerificationFailed(
+                f"{approvals.path}: the approval of study {study.name}, {study_id[:12]}, {flaw}",
+                fix=f"lepton-fl study approve {study.name} -c site.toml, if it was",
+            )
+    return sum(map(approvals.has, charged))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from lepton_fl.cli.terminal import print_table
+from lepton_fl.cli.keys import read_key
+from lepton_fl.cli.terminal import make_writable, print_table, say
 from lepton_fl.errors import ConfigError, PolicyRefused
-from lepton_fl.files import lock
-from lepton_fl.privacy import AnyLedger, Charge, Guarantee, Ledger, RehearsalLedger
-from lepton_fl.privacy.ledger import Head, Recovered, Renewal, Spent, recover
+from lepton_fl.files import lock, write_atomic
+from lepton_fl.privacy import AnyLedger, Guarantee, Ledger, RehearsalLedger
+from lepton_fl.privacy.accounting import Event
+from lepton_fl.privacy.ledger import Head, Recovered, Renewal, Spent, Witness, recover
 from lepton_fl.privacy.ledger.chain import Custody
-from lepton_fl.privacy.ledger.receipts import NO_ENTRY, from_file
-from lepton_fl.secagg.identity import IdentityKey
+from lepton_fl.privacy.ledger.receipts import NO_ENTRY, from_file, to_bytes
+from lepton_fl.site.charges import figures_charge, round_charge
 from lepton_fl.site.config import files_of
-from lepton_fl.site.policy import Policy, admit_study, load_policy, may_release
+from lepton_fl.site.policy import Policy, admit_study, load_policy
 from lepton_fl.study import Study
 
 
@@ -29,6 +32,7 @@ class SiteBudget:
     policy: Policy
     policy_file: Path
     ledger_file: Path
+    approvals_file: Path
 
     @property
     def data_set(self) -> str:
@@ -163,33 +167,24 @@ def budget_at(place: Path) -> SiteBudget:
         policy=load_policy(files.policy),
         policy_file=files.policy,
         ledger_file=files.ledger,
+        approvals_file=files.approvals,
     )
 
 
 def plan_run(budget: SiteBudget, study: Study) -> RunPlan:
     """What one more run of `study` would cost at one site; spends nothing.
 
+    Guarantee: it fits by this if and only if the site's agent would take the run on now, as far as policy
+    and budget go; a study without train.expected_batch, which no agent takes, is judged for a simulation.
+
     Raises:
         ConfigError: the study adds no noise.
     """
     guarantee = Guarantee.of(study)
-    event = guarantee.round_event
-    if event is None or study.privacy.delta is None:
+    charge = round_charge(study, _event(guarantee), run="planned", round=1, fingerprint="")
+    if charge is None:
         raise ConfigError(f"study {study.study.name}: adds no noise, so no budget would cover it")
-    charge = Charge(
-        study=study.id,
-        study_name=study.study.name,
-        run="planned",
-        round=1,
-        event=event,
-        clip=study.privacy.clip,
-        unit=study.privacy.unit,
-        delta=study.privacy.delta,
-        fingerprint="",
-    )
-    beside = None
-    if guarantee.metrics is not None and may_release(budget.policy, study):
-        beside = replace(charge, round=study.evaluation_round, event=guarantee.metrics, clip=1.0)
+    beside = figures_charge(budget.policy, guarantee, run="planned", fingerprint="")
     rounds, limits = study.train.charged_rounds, budget.policy.budget
     with closing(budget.ledger()) as ledger:
         before = ledger.spent(budget.data_set, limits.delta_total)
@@ -212,6 +207,19 @@ def plan_run(budget: SiteBudget, study: Study) -> RunPlan:
     )
 
 
+def _event(guarantee: Guarantee) -> Event | None:
+    """What a round costs, as a site reckons when a run is proposed: in the smallest sum."""
+    from lepton_fl import secure_rounds
+    from lepton_fl.cli.planning import parameters
+
+    study = guarantee.study
+    if guarantee.event is None or study.train.expected_batch is None:
+        # Its integers are chosen by the batch, which a simulation fills in: without it, as continuous noise.
+        return guarantee.round_event
+    sites = secure_rounds.smallest_sum(study)
+    return secure_rounds.round_event(guarantee, coordinates=parameters(study), sites=sites)
+
+
 def renew(budget: SiteBudget, officer: Path, reason: str) -> Renewal:
     """Begin the budget of a site's data set anew, signed with the key in the officer's file.
 
@@ -219,8 +227,6 @@ def renew(budget: SiteBudget, officer: Path, reason: str) -> Renewal:
         ConfigError: policy.toml names no officer, or the key cannot be read.
         PolicyRefused: the key is another's.
     """
-    from lepton_fl.fleet.pki.authority import read_secret
-
     declared = budget.policy.budget.officer_key
     if declared is None:
         raise ConfigError.at(
@@ -230,7 +236,7 @@ def renew(budget: SiteBudget, officer: Path, reason: str) -> Renewal:
             allowed="the public key of the privacy officer, who alone may renew a budget",
             fix="lepton-fl budget officer-key FILE, and put what it prints under [budget]",
         )
-    key = IdentityKey.read(read_secret(officer))
+    key = read_key(officer)
     if not budget.ledger_file.exists():
         raise ConfigError(f"{budget.ledger_file}: there is no ledger yet, so there is nothing to renew")
     with closing(Ledger(budget.ledger_file)) as ledger:
@@ -264,6 +270,26 @@ def recover_ledger(budget: SiteBudget, files: list[Path], *, accept_loss: bool) 
         return recover(budget.ledger_file, given, site=budget.site, accept_loss=accept_loss)
     finally:
         os.close(handle)
+
+
+def write_receipts(seen: Path, opened: Callable[[], Witness], site: str, file: Path) -> None:
+    """Put all that the witness in `seen` can show of a site's ledger into `file`, for that site's people.
+
+    Raises:
+        ConfigError: it has seen nothing of it, or the file is there.
+    """
+    if file.exists():
+        raise ConfigError(f"{file}: exists, and is not overwritten", fix="name another file")
+    found = []
+    # Made by the process that witnesses, with its rights; not by a question.
+    if seen.exists():
+        with closing(opened()) as witness:
+            found = witness.receipts(site)
+    if not found:
+        raise ConfigError(f"{seen}: nothing was seen of a ledger of {site!r}")
+    make_writable(file.absolute().parent)
+    write_atomic(file, to_bytes(found), mode=0o600)
+    say(f"wrote {len(found)} receipts of {site}'s ledger to {file}")
 
 
 def show(found: list[SiteBudget]) -> None:

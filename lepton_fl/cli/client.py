@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lepton_fl.cli.options import Json, SiteFile
+from lepton_fl.cli.options import Json, OfSite, ReceiptsFile, SiteFile
 from lepton_fl.cli.terminal import Commands, fail, print_json, print_table, printable, say
 from lepton_fl.errors import ConfigError, ConnectionFailed
 
@@ -115,6 +115,23 @@ def client_stop(config: SiteFile) -> None:
     say(f"agent {pid} is stopping")
     wait_until_gone(files_of(config).state)
     say("stopped")
+
+
+@client_app.command("receipts")
+def client_receipts(site: OfSite, file: ReceiptsFile, config: SiteFile) -> None:
+    """Write down all that this site has seen of another site's ledger: for that one's people, to recover it.
+
+    Also while the agent runs.
+
+    Example: lepton-fl client receipts bank-b bank-b.receipts -c /etc/lepton-fl/site.toml
+    """
+    from lepton_fl.cli.budgets import write_receipts
+    from lepton_fl.fleet.agent.ledger import open_witness
+    from lepton_fl.fleet.agent.member import EnrolledSite
+    from lepton_fl.site.config import files_of
+
+    files, member = files_of(config), EnrolledSite.load(config)
+    write_receipts(files.witness, lambda: open_witness(member, files.witness), site, file)
 
 
 @client_app.command("doctor")

@@ -19,6 +19,7 @@ from lepton_fl.cli.ca import ca_app
 from lepton_fl.cli.client import client_app
 from lepton_fl.cli.demo import demo_app
 from lepton_fl.cli.enroll import enroll_app
+from lepton_fl.cli.keys import new_key
 from lepton_fl.cli.options import Json, SiteFile
 from lepton_fl.cli.server import server_app
 from lepton_fl.cli.study import study_app
@@ -81,6 +82,7 @@ class Template(StrEnum):
 
 
 class Engine(StrEnum):
+    vectorised = "vectorised"
     process = "process"
     ray = "ray"
 
@@ -326,9 +328,14 @@ def simulate(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="process: all in this one. ray: Flower's own engine; one run on public data, no report."
+            help="vectorised: the sites of a round are trained together. process: one after another; the "
+            "same, but for rounding. ray: Flower's own engine; one run on public data, no report."
         ),
-    ] = Engine.process,
+    ] = Engine.vectorised,
+    memory: Annotated[
+        int | None,
+        typer.Option(metavar="MIB", help="Memory that the vectorised engine may use (default: 1024).", min=1),
+    ] = None,
     public: Annotated[
         Path | None,
         typer.Option(
@@ -372,6 +379,8 @@ def simulate(
         public=public,
         policies=policies,
         secagg=None if secagg is None else secagg.value,
+        engine="process" if engine is Engine.process else "vectorised",
+        memory=memory,
     )
     if sweep and secagg is Secagg.full:
         raise typer.BadParameter("--sweep with --secagg full: a sweep's sums are functional")
@@ -589,16 +598,9 @@ def budget_officer_key(
     file: Annotated[Path, typer.Argument(help="Where to write the new key, mode 0600.", metavar="FILE")],
 ) -> None:
     """Make a privacy officer's key; prints the line for policy.toml, which names its public half."""
-    from lepton_fl.files import write_atomic
-    from lepton_fl.secagg.identity import IdentityKey
-
-    if file.exists():
-        raise ConfigError(f"{file}: exists, and is not overwritten", fix="name another file")
-    key = IdentityKey.generate()
-    make_writable(file.absolute().parent)
-    write_atomic(file, key.to_bytes(), mode=0o600)
+    public = new_key(file)
     say(f"wrote {file}; keep it where the agent cannot read it, and put this line under [budget]:")
-    typer.echo(f'officer_key = "{key.public.hex()}"')
+    typer.echo(f'officer_key = "{public}"')
 
 
 @budget_app.command("recover")

@@ -21,8 +21,9 @@ from lepton_fl.errors import ConfigError, LeptonError
 from lepton_fl.fleet.agent.process import Started, start
 from lepton_fl.privacy import Ledger
 from lepton_fl.site import Simulated, Site, SiteData
+from lepton_fl.site.approvals import Approvals
 from lepton_fl.site.config import SiteConfig, files_of, load_site_config
-from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.site.policy import load_policy
 from lepton_fl.site.secure import LSA1, Membership
 from lepton_fl.study import Study
 from lepton_fl.training import SimulationNoise
@@ -40,15 +41,16 @@ def run(site_toml: Path, seed: int) -> None:
     def opened(path: Path, membership: Membership) -> Site[Simulated]:
         config, files = load_site_config(path), files_of(path)
         torch.set_num_threads(config.runtime.threads)
-        noise = SimulationNoise(seed, config.site.id)
+        noise, policy = SimulationNoise(seed, config.site.id), load_policy(files.policy)
+        ledger = Ledger(files.ledger)
         return Site(
             name=config.site.id,
-            policy=load_policy(files.policy),
+            policy=policy,
             policy_file=str(files.policy),
-            approvals=Approvals(files.approvals),
+            approvals=Approvals(files.approvals, key=ledger.key),
             load=_loader(config, path.parent, noise.key("split")),
             aggregation=LSA1(membership),
-            surroundings=Simulated(noise=noise, ledger=Ledger(files.ledger)),
+            surroundings=Simulated(noise=noise, ledger=ledger),
         )
 
     def show(started: Started) -> None:

@@ -83,6 +83,10 @@ class Saw:
     promoted: str
     """The version, or why not."""
     sites: tuple[SiteSaw, ...]
+    killed: str
+    """The site whose agent was killed."""
+    returned: bool
+    """It was in a later round; else the run was over before."""
     unit: str
     delta: float
     """Of every epsilon here."""
@@ -140,8 +144,8 @@ class _Network:
             self._enrol(desk)
             study = load_study(self._home / "study.toml")
             self._agree(desk.studies, study)
-            run = self._run(desk.studies, study)
-            saw = self._what_was_seen(desk.studies, study, run)
+            run, victim, returned = self._run(desk.studies, study)
+            saw = self._what_was_seen(desk.studies, study, run, victim, returned=returned)
         self._children.end()
         return saw
 
@@ -263,8 +267,11 @@ class _Network:
 
     # The run
 
-    def _run(self, studies: Studies, study: Study) -> Run:
-        """Start it, kill an agent in the middle, start that again, and wait for the end."""
+    def _run(self, studies: Studies, study: Study) -> tuple[Run, str, bool]:
+        """Start it, kill an agent in the middle, start that again, and wait for the end.
+
+        The run, the agent's site, and whether it was in a round again before the end.
+        """
         self._type("study", "start", _STUDY, *_SERVER)
         run = studies.runs(study.id)[0]
         victim = self._sites[1]
@@ -280,7 +287,8 @@ class _Network:
             show(f"the others go on without {victim}; it is started again")
             self._start_agent(victim)
             back = follow(lambda last: victim in last.sites)
-            show(f"{victim} is back" if back else f"the run ended before {victim} was back")
+            if back:
+                show(f"{victim} is back")
             follow(lambda _: False)
         # Also where the run was too short for it to come back.
         self._until(
@@ -290,7 +298,7 @@ class _Network:
         run = studies.run(run.id)
         if run.state != "finished":
             raise ConnectionFailed(f"the run is {run.state}: {run.reason}")
-        return run
+        return run, victim, back
 
     def _follow(self, studies: Studies, run: str, show: _Show, enough: Callable[[RoundRow], bool]) -> bool:
         """Show the run's rounds until one is `enough`; False if the run ended before."""
@@ -310,7 +318,7 @@ class _Network:
 
     # After the run
 
-    def _what_was_seen(self, studies: Studies, study: Study, run: Run) -> Saw:
+    def _what_was_seen(self, studies: Studies, study: Study, run: Run, victim: str, *, returned: bool) -> Saw:
         rounds = studies.rounds(run.id)
         missed = {site: _missed(site, rounds) for site in self._sites}
         ledgers = {found.site: found for found in budgets([self._home / s for s in self._sites], None)}
@@ -335,6 +343,8 @@ class _Network:
                 )
                 for site in self._sites
             ),
+            killed=victim,
+            returned=returned,
             unit=study.privacy.unit,
             delta=_DELTA,
             holds_against=Guarantee.of(study).holds_against,
@@ -366,7 +376,11 @@ class _Network:
             study, dataset_name=None, data=self._home / "tables", sites=None, how=NATURAL, seed=seed
         )
         simulated = prepare(
-            study, split_sites(tables, study, seed), seed, drops=[Drop.parse(drop) for drop in drops]
+            study,
+            split_sites(tables, study, seed),
+            seed,
+            drops=[Drop.parse(drop) for drop in drops],
+            engine="process",
         )
         try:
             simulated.start()
@@ -462,6 +476,10 @@ def _print(saw: Saw) -> None:
     columns = ("site", "rounds in", "rounds out", "rounds charged", "bytes sent", "epsilon spent")
     print_table("What each site saw", columns, rows, right=(1, 3, 4))
     typer.echo(f"epsilon: at delta {saw.delta:g} per {saw.unit} of that site, against {saw.holds_against}")
+    again = (
+        "was in later rounds" if saw.returned else "the run was over before it was back: try more --rounds"
+    )
+    typer.echo(f"killed: the agent of {saw.killed}, and started again; {again}")
     typer.echo(f"server: {saw.rounds} rounds in {saw.seconds:.1f} s, model sha256 {saw.model}")
     for label in saw.labels:
         typer.echo(f"label: {label}")

@@ -11,6 +11,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 SiteFile = Annotated[Path, typer.Option("-c", "--config", help="site.toml of this institution.")]
 ServerFile = Annotated[Path, typer.Option("-c", "--config", help="server.toml of the consortium.")]
 SERVER_TOML = Path("server.toml")
+OfSite = Annotated[str, typer.Argument(metavar="SITE", help="Whose ledger.")]
+ReceiptsFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="For `lepton-fl budget recover --receipts` at that site.")
+]
 PassphraseFile = Annotated[
     Path | None,
     typer.Option(

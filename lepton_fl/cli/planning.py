@@ -12,7 +12,7 @@ from lepton_fl.data import Contract
 from lepton_fl.errors import ConfigError
 from lepton_fl.privacy import Exposure, Guarantee
 from lepton_fl.privacy import epsilon as composed_epsilon
-from lepton_fl.secure_rounds import check_protectable, round_charge, sum_of, what_hides, what_leaves
+from lepton_fl.secure_rounds import check_protectable, exposures, what_hides, what_leaves
 from lepton_fl.study import Study, check_delta, override
 from lepton_fl.tasks import build_model
 
@@ -66,6 +66,7 @@ class StudyPlan:
             "charged_rounds": study.train.charged_rounds,
             "delta": study.privacy.delta,
             "unit": study.privacy.unit,
+            "unit_said": Guarantee.of(study).unit_said,
             "leaves_a_site": what_leaves(study, self.numbers, self.sites),
             "hiding": what_hides(study, self.sites),
             "options": [
@@ -111,6 +112,7 @@ class StudyPlan:
         )
         echo(what_leaves(study, self.numbers, self.sites))
         echo(what_hides(study, self.sites))
+        echo(Guarantee.of(study).unit_said)
         for option in self.options:
             if option.exposures:
                 against = "; ".join(f"{e.epsilon:.3g} against {e.against}" for e in option.exposures)
@@ -148,25 +150,11 @@ def plan_study(study: Study, epsilons: tuple[float, ...], units: list[int]) -> S
                 epsilon=epsilon,
                 noise_multiplier=sigma,
                 by_round={n: composed_epsilon([event.times(n)], study.privacy.delta) for n in rounds},
-                exposures=_exposures(guarantee, numbers, len(units) or None),
+                exposures=exposures(guarantee, coordinates=numbers, sites=len(units) or None),
                 warnings=tuple(_warnings(study, sigma, numbers, units)),
             )
         )
     return StudyPlan(study=study, numbers=numbers, options=tuple(options), sites=len(units) or None)
-
-
-def _exposures(guarantee: Guarantee, numbers: int, sites: int | None) -> tuple[Exposure, ...]:
-    """Epsilon by who looks, in the smallest sum; nothing where noise is local, and everyone sees the same.
-
-    Raises:
-        ConfigError: 32-bit integers have no room for the study's noise.
-    """
-    study = guarantee.study
-    if study.privacy.noise != "shared" or study.train.expected_batch is None:
-        return ()
-    n = sum_of(study, sites).n
-    charge = round_charge(guarantee, coordinates=numbers, sites=n)
-    return () if charge is None else guarantee.exposures(charge, n)
 
 
 def _warnings(study: Study, sigma: float, numbers: int, units: list[int]) -> list[str]:
@@ -224,12 +212,13 @@ def describe(study: Study) -> dict[str, object]:
         "leaves_the_site": what_leaves(study, numbers),
         "hiding": what_hides(study),
         "promise": Guarantee.of(study).sentence(),
+        "unit": Guarantee.of(study).unit_said,
         **_by_who_looks(study),
     }
 
 
 def _by_who_looks(study: Study) -> dict[str, str]:
-    found = _exposures(Guarantee.of(study), parameters(study), None)
+    found = exposures(Guarantee.of(study), coordinates=parameters(study))
     said = "; ".join(f"{e.epsilon:.3g} for {e.against}" for e in found)
     return {"epsilon_by_who_looks": said} if said else {}
 
@@ -240,4 +229,5 @@ def promises(study: Study, sites: int) -> list[str]:
         what_leaves(study, parameters(study), sites),
         what_hides(study, sites),
         Guarantee.of(study).sentence(),
+        Guarantee.of(study).unit_said,
     ]

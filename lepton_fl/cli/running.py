@@ -21,7 +21,7 @@ from lepton_fl.data import Contract, Table, file_source, load_dataset, load_tabl
 from lepton_fl.errors import ConfigError, DataError, LeptonError
 from lepton_fl.privacy import Guarantee
 from lepton_fl.report import wording, write_report
-from lepton_fl.results import ArmName, Interval, Results, SecureRun, SweepValue
+from lepton_fl.results import ArmName, Engine, Interval, Results, SecureRun, SweepValue
 from lepton_fl.study import NAME_PATTERN, Study
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ class Request:
     public: Path | None = None
     policies: Path | None = None
     secagg: SecureRun | None = None
+    engine: Engine = "vectorised"
+    memory: int | None = None
+    """MiB for the vectorised engine; None for its own default."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.dataset is None):
@@ -114,6 +117,8 @@ class Request:
             drops=tuple(Drop.parse(text) for text in self.drops),
             kept=self.baselines,
             secagg=self.secagg,
+            engine=self.engine,
+            **({} if self.memory is None else {"memory": self.memory << 20}),
         )
 
     def options(self) -> tuple[str, ...]:
@@ -127,6 +132,10 @@ class Request:
             found += ["--drop", drop]
         if self.public is not None:
             found += ["--public", str(self.public)]
+        if self.engine != "vectorised":
+            found += ["--engine", self.engine]
+        if self.memory is not None:
+            found += ["--memory", str(self.memory)]
         return tuple(str(word) for word in found)
 
     def cutting(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lepton_fl.cli.desk import open_desk, server_files
-from lepton_fl.cli.options import SERVER_TOML, Json, ServerFile
+from lepton_fl.cli.options import SERVER_TOML, Json, OfSite, ReceiptsFile, ServerFile
 from lepton_fl.cli.terminal import Commands, console, print_json, print_table, printable, say
 from lepton_fl.errors import ConnectionFailed
 
@@ -78,6 +78,21 @@ def server_stop(config: ServerFile = SERVER_TOML) -> None:
             raise ConnectionFailed(f"process {found.pid} does not end", fix=f"kill -9 {found.pid}")
         time.sleep(0.1)
     say("server stopped")
+
+
+@server_app.command("receipts")
+def server_receipts(site: OfSite, file: ReceiptsFile, config: ServerFile = SERVER_TOML) -> None:
+    """Write down all that the server has seen of a site's ledger: for that site's people, to recover it by.
+
+    Also while the server runs.
+
+    Example: lepton-fl server receipts bank-a bank-a.receipts -c server.toml
+    """
+    from lepton_fl.cli.budgets import write_receipts
+    from lepton_fl.fleet.server.ledgers import open_witness
+
+    files = server_files(config)
+    write_receipts(files.witness, lambda: open_witness(files), site, file)
 
 
 @server_app.command("status")

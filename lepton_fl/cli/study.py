@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lepton_fl.cli.desk import open_desk, server_files
+from lepton_fl.cli.keys import new_key, read_key
 from lepton_fl.cli.options import SERVER_TOML, Json, ServerFile, SiteFile
 from lepton_fl.cli.server import progress, round_lines, run_json, study_json, when
 from lepton_fl.cli.terminal import Commands, fail, make_writable, print_json, print_table, printable, say
@@ -21,6 +22,7 @@ from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError
 if TYPE_CHECKING:
     from lepton_fl.cli.desk import Desk
     from lepton_fl.fleet.server.studies import Run, Submitted
+    from lepton_fl.site.approvals import StudySignature
     from lepton_fl.study import Study
 
 ON_ITS_WAY_S = 5.0
@@ -188,27 +190,48 @@ def study_approve(
 ) -> None:
     """Approve a study at this site, for policies with `approval = "manual"`. The server hears of it.
 
+    The approval is signed with the key of the site's ledger, which is begun where there is none. A signature
+    in STUDY.sig beside a STUDY.toml is kept too, for policies with `approval = "signed-study"`.
+
     Example: lepton-fl study approve card-fraud-2026q4 -c site.toml
     """
     from lepton_fl.cli.planning import describe
-    from lepton_fl.fleet.agent.offers import offers_of
+    from lepton_fl.fleet.agent.offers import approving_key, offers_of
     from lepton_fl.site.config import files_of
     from lepton_fl.site.policy import admit_study, load_policy
     from lepton_fl.study import check_deployable
 
     offers, site = offers_of(config), files_of(config)
     study = _at_site(text, config)
+    signature = _signature(Path(text), study)
     check_deployable(study, text)
     # Before anybody is asked: what the policy forbids cannot be approved.
     admit_study(load_policy(site.policy), study, cohort=None, file=str(site.policy), approvals=None)
     found = describe(study)
-    for name in ("study", "id", "purpose", "leaves_the_site", "hiding", "promise"):
-        typer.echo(printable(f"{name.replace('_', ' ')}: {found[name]}"))
+    for name in (
+        "study",
+        "id",
+        "purpose",
+        "leaves_the_site",
+        "hiding",
+        "promise",
+        "epsilon_by_who_looks",
+        "unit",
+    ):
+        if name in found:
+            typer.echo(printable(f"{name.replace('_', ' ')}: {found[name]}"))
     if not yes and not typer.confirm(f"Approve this study at {site.name}?", default=False):
         fail("not approved", 4)
     make_writable(site.approvals.parent)
-    offers.approve(study)
+    # First: the agent looks again when the approvals change.
+    if signature is not None:
+        offers.take_signature(study, signature)
+    offers.approve(study, approving_key(config))
     typer.echo(f"approved {study.id[:16]} in {site.approvals}")
+    # By what is on disk now: an approval is not all that every policy asks for.
+    judged = offers_of(config).judge(study)
+    if judged.state == "refused":
+        say(f"it does not run yet: {judged.reason}")
 
 
 @study_app.command("refuse")
@@ -252,6 +275,51 @@ def _offered(text: str, config: Path) -> Study:
         time.sleep(0.1)
 
 
+def _signature(study_file: Path, study: Study) -> StudySignature | None:
+    """The signature that lies beside a study.toml, verified; None where there is none."""
+    from lepton_fl.site.approvals import StudySignature, signature_file
+
+    path = signature_file(study_file)
+    return StudySignature.load(path, study.id) if study_file.is_file() and path.exists() else None
+
+
+# With a key that signs studies
+
+
+@study_app.command("key")
+def study_key(
+    file: Annotated[Path, typer.Argument(help="Where to write the new key, mode 0600.", metavar="FILE")],
+) -> None:
+    """Make a key that signs studies; prints the lines for policies that let in what it has signed.
+
+    Example: lepton-fl study key studies.pem
+    """
+    public = new_key(file)
+    say(f"wrote {file}; sites that trust it put these lines under [require] in policy.toml:")
+    typer.echo(f'approval = "signed-study"\nstudy_key = "{public}"')
+
+
+@study_app.command("sign")
+def study_sign(
+    study_file: Annotated[Path, typer.Argument(help="study.toml", metavar="STUDY.toml")],
+    key: Annotated[Path, typer.Option("--key", help="As `study key` made it, mode 0600.", metavar="FILE")],
+) -> None:
+    """Sign a study, for policies with `approval = "signed-study"`: written to STUDY.sig beside it.
+
+    `study submit` sends it along. Any change of the study is another study, and needs another signature.
+
+    Example: lepton-fl study sign study.toml --key studies.pem
+    """
+    from lepton_fl.site.approvals import StudySignature, signature_file
+    from lepton_fl.study import load_study
+
+    study, place = load_study(study_file), signature_file(study_file)
+    make_writable(place.absolute().parent)
+    StudySignature.sign(read_key(key), study.id).save(place)
+    typer.echo(str(place))
+    say(f"signed {study.study.name}, study id {study.id[:16]}")
+
+
 # On the server's machine
 
 
@@ -266,12 +334,15 @@ def study_submit(
 ) -> None:
     """Propose a study to every enrolled site. Nothing is trained before their people agree.
 
+    With its signature, where one lies in STUDY.sig beside it; also for a study that was submitted before.
+
     Example: lepton-fl study submit study.toml -c server.toml
     """
     from lepton_fl.files import write_atomic
     from lepton_fl.study import load_study
 
     study = load_study(study_file)
+    signature = _signature(study_file, study)
     with open_desk(config) as desk:
         digest = None
         if first_model is not None:
@@ -287,10 +358,12 @@ def study_submit(
             place.parent.mkdir(mode=0o700, exist_ok=True)
             # Before the study: a run must find it.
             write_atomic(place, content, mode=0o600)
-        new = desk.studies.submit(study, first_model=digest)
+        signed = b"" if signature is None else signature.to_bytes()
+        new = desk.studies.submit(study, first_model=digest, signature=signed)
         down = desk.server is None
     typer.echo(study.id)
-    say(f"submitted {study.study.name}" if new else f"{study.study.name} was submitted before")
+    how = "" if signature is None else f", signed by {signature.key.hex()[:16]}"
+    say((f"submitted {study.study.name}" if new else f"{study.study.name} was submitted before") + how)
     if down:
         say(f"the server is down; sites hear of it after: lepton-fl server start -c {config}")
     say(f"next: lepton-fl study show {study.study.name} -c {config}     (who approves)")

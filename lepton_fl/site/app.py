@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Generic
 
 import numpy as np
@@ -9,7 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from lepton_fl.errors import PolicyRefused
+from lepton_fl.errors import ConfigError, PolicyRefused, ProtocolError
 from lepton_fl.messages import (
     CONFIG,
     EVALUATE,
@@ -26,13 +27,13 @@ from lepton_fl.messages import (
 )
 from lepton_fl.site.mods import mods_of, unknown_type
 from lepton_fl.site.policy import may_release
-from lepton_fl.site.site import S_co, Site, Surroundings
+from lepton_fl.site.site import S_co, Site, Surroundings, Workbench
 from lepton_fl.study import Study
-from lepton_fl.tasks.arrays import Arrays, load_arrays
+from lepton_fl.tasks.arrays import MAX_MAGNITUDE, Arrays, check_like, load_arrays
 from lepton_fl.tasks.histogram import histogram, one_of_each
 from lepton_fl.tasks.metrics import evaluate as evaluate_metric
 from lepton_fl.tasks.task import score
-from lepton_fl.training.local import LocalPlan, train_locally
+from lepton_fl.training.local import LocalPlan
 
 
 class SiteApp(ClientApp, Generic[S_co]):
@@ -70,19 +71,21 @@ def client_app(site: Site[S_co]) -> SiteApp[S_co]:
     def train(message: Message, _: Context) -> Message:
         assignment = read_assignment(message)
         study, bench = assignment.study, site.bench(assignment.study)
-        update = train_locally(
-            bench.model,
-            bench.task,
+        update = site.surroundings.train(
+            assignment,
+            bench,
             received(message, bench.template),
-            bench.data.train,
             LocalPlan.of(study, bench.guarantee, coordinates=bench.coordinates),
             site.noise.of(study.id),
-            assignment.round,
         )
-        charged = bench.charge(site.summed_with(assignment))
+        _check_update(update.delta, bench, study)
+        charged = bench.round_event(site.summed_with(assignment))
         # The ledger was charged for what the study says; what leaves is what really ran.
-        if charged is not None and not update.is_within(charged, local_noise=study.privacy.noise == "local"):
-            raise PolicyRefused("training spent more than was charged; the update does not leave")
+        if charged is not None:
+            # Charged for a person's units at all of their sites; this is one site's part.
+            own = replace(charged, steps=study.train.local_steps)
+            if not update.is_within(own, local_noise=study.privacy.noise == "local"):
+                raise PolicyRefused("training spent more than was charged; the update does not leave")
         if study.secure_aggregation.enabled:
             # For the mod, which rounds it to integers of its own.
             return update_reply(message, update.delta)
@@ -118,6 +121,26 @@ def client_app(site: Site[S_co]) -> SiteApp[S_co]:
         app.query(kind.removeprefix("query."))(secagg)
 
     return app
+
+
+def _check_update(delta: Arrays, bench: Workbench, study: Study) -> None:
+    """Refuse an update that nobody would take. It follows from clipped and noised steps: this tells no more.
+
+    Under shared noise it has none yet, and its size would tell, by a refusal, of single records what a study
+    with a large clip and a small expected batch asks: there it is cut, like everybody's, and not judged.
+
+    Raises:
+        ConfigError: it is not finite, or enormous.
+    """
+    limit = np.inf if study.privacy.noise == "shared" else MAX_MAGNITUDE
+    try:
+        check_like(delta, bench.template, limit=limit)
+    except ProtocolError as error:
+        raise ConfigError(
+            f"study {study.study.name}: training diverges: {error.message}",
+            fix="lower train.lr",
+            public="training diverges: lower train.lr",
+        ) from None
 
 
 def _counts(site: Site[Surroundings], study: Study, model: Arrays) -> NDArray[np.int64]:

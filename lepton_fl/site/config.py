@@ -163,6 +163,11 @@ class SiteFiles:
         return self.state / "split.key"
 
     @property
+    def witness(self) -> Path:
+        """What the site has seen of its peers' ledgers."""
+        return self.state / "witness.db"
+
+    @property
     def replies(self) -> Path:
         """What the agent has sent, in a folder for each run."""
         return self.state / "replies"

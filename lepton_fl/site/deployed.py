@@ -12,8 +12,9 @@ from lepton_fl.data import Contract, load_table, split
 from lepton_fl.errors import ConfigError
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Ledger
+from lepton_fl.site.approvals import Approvals
 from lepton_fl.site.config import SiteConfig, files_of, load_site_config
-from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.site.policy import load_policy
 from lepton_fl.site.secure import LSA1, Membership, NoAggregation
 from lepton_fl.site.site import Deployed, Site, SiteData
 from lepton_fl.study import Study
@@ -32,16 +33,18 @@ def open_site(path: Path, membership: Membership | None = None) -> Site[Deployed
     config = load_site_config(path)
     torch.set_num_threads(config.runtime.threads)
     files = files_of(path)
-    key = _split_key(files.split_key)
+    load = _loader(config, path.parent, _split_key(files.split_key))
+    policy = load_policy(files.policy)
+    # Last: whatever is refused before leaves nothing open.
+    ledger = Ledger(files.ledger)
     return Site(
         name=config.site.id,
-        policy=load_policy(files.policy),
+        policy=policy,
         policy_file=str(files.policy),
-        approvals=Approvals(files.approvals),
-        load=_loader(config, path.parent, key),
+        approvals=Approvals(files.approvals, key=ledger.key),
+        load=load,
         aggregation=NoAggregation() if membership is None else LSA1(membership),
-        # Last: whatever is refused before leaves nothing open.
-        surroundings=Deployed(noise=UnseededNoise(), ledger=Ledger(files.ledger)),
+        surroundings=Deployed(noise=UnseededNoise(), ledger=ledger),
     )
 
 

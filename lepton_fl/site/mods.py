@@ -28,9 +28,9 @@ from lepton_fl.messages import (
     read_assignment,
     received,
 )
-from lepton_fl.privacy.accounting import Event
 from lepton_fl.privacy.ledger import Charge
 from lepton_fl.secagg.encoding import digest
+from lepton_fl.site.charges import figures_charge, round_charge
 from lepton_fl.site.policy import admit_data, admit_study, may_release
 from lepton_fl.site.secure import encoded, encoded_counts
 from lepton_fl.site.site import Site, Surroundings
@@ -121,7 +121,11 @@ def _secagg_mod(site: Site[Surroundings]) -> Mod:
     def secagg(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         assignment = read_assignment(message)
         kind = message.metadata.message_type
-        if kind not in (TRAIN, EVALUATE) or not assignment.study.secure_aggregation.enabled:
+        if not assignment.study.secure_aggregation.enabled:
+            return call_next(message, context)
+        if kind == JOIN:
+            site.aggregation.join(assignment)
+        if kind not in (TRAIN, EVALUATE):
             return call_next(message, context)
         template = site.bench(assignment.study).template
         # Before the ledger: a round that cannot be is not charged. And the model is not held meanwhile.
@@ -235,32 +239,17 @@ def _sha256(content: RecordDict) -> bytes:
 
 def _charge(site: Site[Surroundings], assignment: Assignment) -> Charge | None:
     """One round's charge; None where the policy allowed a study without noise."""
-    bench = site.bench(assignment.study)
-    event = bench.charge(site.summed_with(assignment))
-    return _charged(site, assignment, assignment.round, event, assignment.study.privacy.clip)
+    study, bench = assignment.study, site.bench(assignment.study)
+    return round_charge(
+        study,
+        bench.round_event(site.summed_with(assignment)),
+        run=assignment.run,
+        round=assignment.round,
+        fingerprint=bench.fingerprint,
+    )
 
 
 def _metrics_charge(site: Site[Surroundings], assignment: Assignment) -> Charge | None:
     """That of the histogram of scores; None where none leaves with noise, or none of this site's records."""
-    study = assignment.study
-    event = site.bench(study).guarantee.metrics if may_release(site.policy, study) else None
-    return _charged(site, assignment, study.evaluation_round, event, clip=1.0)
-
-
-def _charged(
-    site: Site[Surroundings], assignment: Assignment, round: int, event: Event | None, clip: float
-) -> Charge | None:
-    study = assignment.study
-    if event is None or study.privacy.delta is None:
-        return None
-    return Charge(
-        study=study.id,
-        study_name=study.study.name,
-        run=assignment.run,
-        round=round,
-        event=event,
-        clip=clip,
-        unit=study.privacy.unit,
-        delta=study.privacy.delta,
-        fingerprint=site.bench(study).fingerprint,
-    )
+    bench = site.bench(assignment.study)
+    return figures_charge(site.policy, bench.guarantee, run=assignment.run, fingerprint=bench.fingerprint)

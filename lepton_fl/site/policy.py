@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lepton_fl.config import Array, Strict, load
-from lepton_fl.errors import ConfigError, PolicyRefused
+from lepton_fl.errors import LeptonError, PolicyRefused
+from lepton_fl.privacy import Guarantee
 from lepton_fl.privacy.ledger import Budget
+from lepton_fl.site.approvals import Approvals
 from lepton_fl.study import Delta, Name, Positive, Study
+
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Ed25519, in hex."""
 
 
 class _Data(Strict):
@@ -25,8 +29,10 @@ class _Budget(Strict):
     epsilon_total: Positive
     epsilon_per_study: Positive
     delta_total: Delta
-    officer_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """The privacy officer's public key, in hex: who may renew the budget. Without it nobody may."""
+    delta_per_study: Delta | None = None
+    """Largest delta of one study; without it, `delta_total`."""
+    officer_key: PublicKey | None = None
+    """The privacy officer's public key: who may renew the budget. Without it nobody may."""
 
 
 class _Require(Strict):
@@ -38,9 +44,24 @@ class _Require(Strict):
     colluders: Annotated[int, Field(ge=0)] = 0
     """Fewest members, colluding with the server, that a secure round must protect this site against."""
     privacy_units: Array[str] = ("record",)
+    min_noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest sigma: standard deviation of a step's noise over the clip, as calibrated to the epsilon."""
     min_rows: Annotated[int, Field(ge=1)] = 1
     min_positives: Annotated[int, Field(ge=0)] = 0
     approval: Literal["manual", "signed-study", "auto"] = "manual"
+    study_key: PublicKey | None = None
+    """Whose signature lets a study in without a person here, under `approval = "signed-study"`."""
+    study_key_until: date | None = None
+    """Last day (UTC) on which that key counts."""
+
+    @model_validator(mode="after")
+    def _somebody_signs(self) -> _Require:
+        if self.approval == "signed-study" and self.study_key is None:
+            raise ValueError(
+                'approval = "signed-study" needs study_key, the public key of whoever signs studies; '
+                "lepton-fl study key FILE prints it"
+            )
+        return self
 
 
 class _Release(Strict):
@@ -89,13 +110,7 @@ def admit_study(
     Raises:
         PolicyRefused: naming what the study asks, what the site allows and in which key.
     """
-
-    def refuse(asks: str, allows: str, key: str) -> PolicyRefused:
-        return PolicyRefused(
-            f"study {study.study.name} asks {asks}, this site allows {allows} ({file}, {key})",
-            public=f"the site's policy refuses the study ({key})",
-        )
-
+    refuse = partial(_refusal, study, file)
     privacy, require, budget = study.privacy, policy.require, policy.budget
     if privacy.noise == "none":
         if require.differential_privacy:
@@ -107,8 +122,11 @@ def admit_study(
                 f"{budget.epsilon_per_study:g}",
                 "budget.epsilon_per_study",
             )
-        if privacy.delta is not None and privacy.delta > budget.delta_total:
-            raise refuse(f"delta {privacy.delta:g}", f"{budget.delta_total:g}", "budget.delta_total")
+        limit, key = budget.delta_total, "budget.delta_total"
+        if budget.delta_per_study is not None and budget.delta_per_study < limit:
+            limit, key = budget.delta_per_study, "budget.delta_per_study"
+        if privacy.delta is not None and privacy.delta > limit:
+            raise refuse(f"delta {privacy.delta:g}", f"{limit:g}", key)
     if privacy.unit not in require.privacy_units:
         raise refuse(
             f"privacy unit {privacy.unit!r}",
@@ -135,22 +153,63 @@ def admit_study(
             ", ".join(repr(name) for name in policy.release.allow_models),
             "release.allow_models",
         )
-    if approvals is not None and (reason := approvals.refusal(study.id)) is not None:
+    if require.min_noise_multiplier:
+        event = Guarantee.of(study).event
+        sigma = 0.0 if event is None else event.noise_multiplier
+        if sigma < require.min_noise_multiplier:
+            raise refuse(
+                f"noise multiplier {sigma:.4g}",
+                f"{require.min_noise_multiplier:g} or more",
+                "require.min_noise_multiplier",
+            )
+    if approvals is not None:
+        _admit_by_approval(require, study, file, approvals)
+
+
+def _refusal(study: Study, file: str, asks: str, allows: str, key: str) -> PolicyRefused:
+    return PolicyRefused(
+        f"study {study.study.name} asks {asks}, this site allows {allows} ({file}, {key})",
+        public=f"the site's policy refuses the study ({key})",
+    )
+
+
+def _admit_by_approval(require: _Require, study: Study, file: str, approvals: Approvals) -> None:
+    """Refuse a study that people here refused, or that lacks the approval or signature that it needs."""
+    if (reason := approvals.refusal(study.id)) is not None:
         raise PolicyRefused(
             f"study {study.study.name} was refused here: {reason or 'no reason given'} ({approvals.path})",
             fix="lepton-fl study approve STUDY -c site.toml",
             public=f"refused by the site's people: {reason or 'no reason given'}",
         )
     if require.approval == "signed-study":
-        raise refuse(
-            "approval by its operator's signature (studies are not signed in this release)",
-            "signed studies",
-            "require.approval",
-        )
-    if require.approval == "manual" and approvals is not None and not approvals.has(study.id):
-        error = refuse("approval", "approved studies only", "require.approval")
-        error.fix = "lepton-fl study approve study.toml -c site.toml"
+        if flaw := _unsigned(require, study, approvals):
+            error = _refusal(study, file, flaw, "those signed by its study_key only", "require.approval")
+            error.fix = (
+                "lepton-fl study sign STUDY.toml --key FILE, by the owner of that key, and submit again"
+            )
+            raise error
+    elif require.approval == "manual" and not approvals.has(study.id):
+        error = _refusal(study, file, "approval", "approved studies only", "require.approval")
+        if flaw := approvals.flaw(study.id):
+            error.message += f"; the approval in {approvals.path} {flaw}"
+        error.fix = f"lepton-fl study approve {study.study.name} -c site.toml"
         raise error
+
+
+def _unsigned(require: _Require, study: Study, approvals: Approvals) -> str:
+    """What a study has instead of the signature that lets it in; empty where it has that."""
+    try:
+        signature = approvals.signature(study.id)
+    except LeptonError as error:
+        return f"to run by a signature that does not verify ({error.message})"
+    if signature is None:
+        return "to run without a signature"
+    if signature.key.hex() != require.study_key:
+        return f"to run by the signature of key {signature.key.hex()}"
+    until = require.study_key_until
+    if until is not None and datetime.now(UTC).date() > until:
+        return f"to run by the signature of a key that counted until {until} (require.study_key_until)"
+    return ""
 
 
 def may_release(policy: Policy, study: Study) -> bool:
@@ -182,63 +241,3 @@ def admit_data(policy: Policy, study: Study, *, units: int, rows: int, positives
             f"{1 / units:.3g}: at delta >= 1/units one unit may be published whole",
             fix=f"lower privacy.delta below {1 / units:.3g}",
         )
-
-
-class Approvals:
-    """What people at this site said to studies: one JSON line each, append-only; the last one counts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def has(self, study_id: str) -> bool:
-        """Whether this very study is approved; an unreadable file approves nothing."""
-        entry = self._last(study_id)
-        return entry is not None and "refused" not in entry
-
-    def refusal(self, study_id: str) -> str | None:
-        """Why people here refuse this study, as they told its operator; None where they do not."""
-        entry = self._last(study_id)
-        return None if entry is None or "refused" not in entry else str(entry["refused"])
-
-    def add(self, study: Study) -> None:
-        """Record the approval of a study."""
-        self._append(study, {})
-
-    def refuse(self, study: Study, reason: str) -> None:
-        """Record a refusal, which holds whatever the policy says. The reason is told to the operator."""
-        self._append(study, {"refused": reason})
-
-    def _last(self, study_id: str) -> dict[str, object] | None:
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.path}: approvals cannot be read: {error}") from None
-        found = [entry for line in lines if (entry := _entry(line)).get("study") == study_id]
-        return found[-1] if found else None
-
-    def _append(self, study: Study, said: dict[str, object]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        entry = {
-            "study": study.id,
-            "name": study.study.name,
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            **said,
-        }
-        self.path.touch(mode=0o600)
-        with self.path.open("ab+") as file:
-            # A line that was cut off, as by a full disk, must not swallow this one.
-            file.seek(-1 if file.seek(0, os.SEEK_END) else 0, os.SEEK_END)
-            begin = b"" if file.read() in (b"", b"\n") else b"\n"
-            file.write(begin + json.dumps(entry, sort_keys=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _entry(line: str) -> dict[str, object]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
@@ -17,16 +17,38 @@ from lepton_fl.privacy import AnyLedger, Guarantee, Ledger, RehearsalLedger
 from lepton_fl.privacy.accounting import DiscreteGaussian
 from lepton_fl.privacy.ledger import Budget
 from lepton_fl.secagg.context import Floor
-from lepton_fl.secure_rounds import TRAIN_SUM, check_protectable, group_sizes, group_with, round_charge
-from lepton_fl.site.policy import Approvals, Policy
+from lepton_fl.secure_rounds import TRAIN_SUM, check_protectable, group_with, round_event, smallest_sum
+from lepton_fl.site.approvals import Approvals
+from lepton_fl.site.policy import Policy
 from lepton_fl.site.secure import LSA1, Aggregation, NoAggregation
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, TaskSpec, arrays_of, build_model, task_of
 from lepton_fl.tasks.arrays import size_of
+from lepton_fl.training.local import LocalPlan, LocalUpdate, train_locally
 from lepton_fl.training.noise import Noise, SimulationNoise, UnseededNoise
 
 BENCHES = 4
 """Studies kept ready at once."""
+
+
+class Trainer(Protocol):
+    """How a site trains in one round; what it costs was charged before."""
+
+    def __call__(
+        self,
+        assignment: Assignment,
+        bench: Workbench,
+        received: Arrays,
+        plan: LocalPlan,
+        noise: Noise,
+    ) -> LocalUpdate: ...
+
+
+def train_alone(
+    assignment: Assignment, bench: Workbench, received: Arrays, plan: LocalPlan, noise: Noise
+) -> LocalUpdate:
+    """By itself, on its own table."""
+    return train_locally(bench.model, bench.task, received, bench.data.train, plan, noise, assignment.round)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +61,8 @@ class Simulated:
 
     noise: SimulationNoise
     ledger: AnyLedger
+    train: Trainer = train_alone
+    """Only here another may be given, which trains many sites together."""
 
     def admit(self, study: Study) -> None:
         """Nothing is refused."""
@@ -54,6 +78,7 @@ class StockFlower:
 
     noise: SimulationNoise
     ledger: RehearsalLedger
+    train: ClassVar[Trainer] = staticmethod(train_alone)
 
     @staticmethod
     def admit(study: Study) -> None:
@@ -77,10 +102,12 @@ class Deployed:
     """The agent stands at an institution. What this release cannot protect there is refused.
 
     A seed known to anyone is no privacy, and a ledger that forgets is no budget: neither can be given here.
+    Nor can a way to train: what leaves is of this site's records alone.
     """
 
     noise: UnseededNoise
     ledger: Ledger
+    train: ClassVar[Trainer] = staticmethod(train_alone)
 
     def __post_init__(self) -> None:
         # For callers that no type checker has read.
@@ -157,7 +184,7 @@ class Site(Generic[S_co]):
     def summed_with(self, assignment: Assignment) -> int:
         """Sites in the sum that this one's update is for; before they are known, the fewest there may be."""
         if not assignment.cohort:
-            return min(group_sizes(assignment.study, assignment.study.secure_aggregation.min_sites))
+            return smallest_sum(assignment.study)
         return len(group_with(self.name, assignment.study, TRAIN_SUM, assignment.cohort, assignment.round))
 
     def bench(self, study: Study) -> Workbench:
@@ -181,15 +208,18 @@ class Workbench:
     """The model's names and shapes; values are irrelevant."""
     guarantee: Guarantee
     fingerprint: str
+    _events: dict[int, DiscreteGaussian | None] = field(default_factory=dict)
 
     @property
     def coordinates(self) -> int:
         """Parameters of the model."""
         return size_of(self.template)
 
-    def charge(self, sites: int) -> DiscreteGaussian | None:
-        """What one round costs, in a sum over so many sites; errors as in `round_charge`."""
-        return round_charge(self.guarantee, coordinates=self.coordinates, sites=sites)
+    def round_event(self, sites: int) -> DiscreteGaussian | None:
+        """What one round costs, in a sum over so many sites; errors as in `secure_rounds.round_event`."""
+        if sites not in self._events:
+            self._events[sites] = round_event(self.guarantee, coordinates=self.coordinates, sites=sites)
+        return self._events[sites]
 
     @classmethod
     def prepare(cls, study: Study, data: SiteData) -> Workbench:

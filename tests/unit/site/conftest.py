@@ -13,7 +13,7 @@ from lepton_fl.data import Batch, Contract, Table, load_table
 from lepton_fl.messages import CONFIG, SECAGG, TRAIN, Assignment, assignment_config, identify, to_record
 from lepton_fl.privacy import Ledger, RehearsalLedger
 from lepton_fl.site import Deployed, Policy, Simulated, Site, SiteData, client_app
-from lepton_fl.site.policy import Approvals
+from lepton_fl.site.approvals import Approvals
 from lepton_fl.study import Study
 from lepton_fl.tasks import arrays_of, build_model
 from lepton_fl.training import SimulationNoise, UnseededNoise
@@ -85,7 +85,7 @@ def make_site(tmp_path, make_policy, table):
             name="clinic",
             policy=make_policy(**policy),
             policy_file="policy.toml",
-            approvals=Approvals(tmp_path / "approvals.jsonl"),
+            approvals=Approvals(tmp_path / "approvals.jsonl", key=ledgers[-1].key),
             load=load,
             surroundings=Deployed(noise=UnseededNoise(), ledger=ledgers[-1])
             if deployed

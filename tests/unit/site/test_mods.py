@@ -17,7 +17,7 @@ from lepton_fl.site.mods import TABLE_REFUSED
 from lepton_fl.tasks import arrays_of, build_model
 from lepton_fl.training import train_locally
 
-TRAINING = "lepton_fl.site.app.train_locally"
+TRAINING = "lepton_fl.site.site.train_locally"
 SECRET = "patient 4711 is ill"
 
 
@@ -212,14 +212,15 @@ def test_no_message_type_goes_round_the_policy(make_site, ask, kind):
 
 @pytest.mark.parametrize("noise", ["local", "shared"])
 @pytest.mark.parametrize("deployed", [True, False])
+@pytest.mark.parametrize("asked", [{"kind": JOIN, "round": 0, "cohort": ()}, {}], ids=["join", "train"])
 def test_a_site_without_an_identity_is_in_no_secure_round(
-    make_site, make_study, ask, charged, noise, deployed
+    make_site, make_study, ask, charged, noise, deployed, asked
 ):
     """Its update would be seen by the server; and nothing is spent on what is not to be."""
     study = make_study(privacy={"noise": noise}, secure_aggregation={"enabled": True})
     site = make_site(deployed=deployed)
 
-    reply = ask(site, study=study)
+    reply = ask(site, study=study, **asked)
 
     assert reply.error.reason == "secure aggregation is not available at the site"
     assert charged(site) == []
