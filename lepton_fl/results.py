@@ -24,6 +24,8 @@ ArmName = Literal["local", "linear", "federated", "pooled"]
 OwnArm = Literal["local", "linear"]
 SecureRun = Literal["full", "functional"]
 """full: by the protocol of secure aggregation. functional: the same integers and noise, added up in clear."""
+Engine = Literal["vectorised", "process"]
+"""How a simulation trains its sites: all of a round together, or one after another."""
 SweepValue = bool | int | float | str
 
 
@@ -280,6 +282,8 @@ class Promise(Strict):
     epsilon: float | None
     delta: float | None
     unit: str
+    unit_said: str = ""
+    """What the unit is, and what it is not, in one sentence; empty in files of earlier releases."""
     holds_against: str
     noise: Literal["local", "shared", "none"]
     clip: float
@@ -289,6 +293,9 @@ class Promise(Strict):
     """Steps that the noise covers, spare rounds included."""
     leaves: str = ""
     """What leaves a site in each round, in one sentence; empty in files of earlier releases."""
+    epsilon_against: dict[str, float] = {}
+    """Epsilon of the whole training at `delta` by who looks, where that makes a difference: under shared
+    noise, in the smallest sum."""
 
 
 class SecureSums(Strict):
@@ -330,6 +337,8 @@ class Results(Strict):
     operating_point_agreed: bool = False
     """The study names it."""
     strategy: str
+    engine: Engine = "process"
+    """How the sites were trained: together (vectorised), or one after another."""
     model: ModelFile | None
     promise: Promise
     secure_aggregation: SecureSums | None = None

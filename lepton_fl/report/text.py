@@ -159,7 +159,8 @@ def _advice(row: Comparison) -> str:
 
 
 def _privacy(results: Results) -> list[str]:
-    said = [wording.guarantee(results.promise), results.promise.leaves]
+    promise = results.promise
+    said = [wording.guarantee(promise), wording.by_who_looks(promise), promise.unit_said, promise.leaves]
     if results.secure_aggregation is not None:
         said += [results.secure_aggregation.hides, wording.secure_run(results.secure_aggregation) + "."]
     lines = [_plain(" ".join(filter(None, said)))]

@@ -134,6 +134,14 @@ def guarantee(promise: Promise) -> str:
     )
 
 
+def by_who_looks(promise: Promise) -> str:
+    """The epsilon of each who may look, in one sentence; empty where all see the same."""
+    if not promise.epsilon_against or promise.delta is None:
+        return ""
+    said = "; ".join(f"{spent(epsilon)} against {who}" for who, epsilon in promise.epsilon_against.items())
+    return f"Of all of the training, at delta {delta(promise.delta)} {unit(promise)}, epsilon is {said}."
+
+
 def duration(seconds: float) -> str:
     """`4.2 s`, `2 min 13 s`, `3 h 05 min`."""
     if seconds < 60:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,22 +25,28 @@ from lepton_fl.errors import ConfigError, DataError
 from lepton_fl.federation import Federation, Observer, PublicTable, SecureGrid, server_app
 from lepton_fl.files import write_atomic
 from lepton_fl.privacy import Guarantee, Ledger, RehearsalLedger
+from lepton_fl.results import Engine
 from lepton_fl.secagg.errors import Phase
 from lepton_fl.simulation.functional import Functional, FunctionalGrid
 from lepton_fl.simulation.grid import Drop, InProcessGrid
 from lepton_fl.simulation.members import memberships
+from lepton_fl.simulation.stacked import Stack
 from lepton_fl.site import Policy, Simulated, Site, SiteData, StockFlower, client_app
+from lepton_fl.site.approvals import Approvals
 from lepton_fl.site.config import files_of
-from lepton_fl.site.policy import Approvals, load_policy
+from lepton_fl.site.policy import load_policy
 from lepton_fl.site.secure import LSA1
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, arrays_of, build_model, load_arrays, task_of
 from lepton_fl.tasks.metrics import Scored
 from lepton_fl.tasks.task import score
 from lepton_fl.training import SimulationNoise
+from lepton_fl.training.stacked import MEMORY, Unstackable
 
 FIRST_SITE_NODE = 101
 """Node ids of the sites, in order of name."""
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R", Simulated, StockFlower)
 """Where a rehearsal policy will do: nowhere else but on simulated or public records."""
@@ -116,14 +124,14 @@ def open_sites(
         files = files_of(home)
         if make_policies and not files.policy.exists():
             write_atomic(files.policy, rehearsal_policy(study, _data_set(study, name)).encode())
-        policy = load_policy(files.policy)
+        policy, ledger = load_policy(files.policy), Ledger(files.ledger)
         sites[name] = Site(
             name=name,
             policy=policy,
             policy_file=str(files.policy),
-            approvals=Approvals(files.approvals),
+            approvals=Approvals(files.approvals, key=ledger.key),
             load=_loader(SiteData(train=train, test=test)),
-            surroundings=Simulated(noise=SimulationNoise(seed, name), ledger=Ledger(files.ledger)),
+            surroundings=Simulated(noise=SimulationNoise(seed, name), ledger=ledger),
         )
     return sites
 
@@ -134,7 +142,7 @@ def rehearsal_site(study: Study, name: str, data: SiteData, surroundings: R) -> 
         name=name,
         policy=_parse_policy(rehearsal_policy(study, _data_set(study, name))),
         policy_file="rehearsal policy",
-        approvals=Approvals(Path(os.devnull)),
+        approvals=Approvals(Path(os.devnull), key=None),
         load=_loader(data),
         surroundings=surroundings,
     )
@@ -148,6 +156,8 @@ class Run:
     sites: dict[str, Site[Simulated]]
     grid: Grid
     guarantee: Guarantee
+    engine: Engine
+    """That trains: `process` too where the model cannot be stacked."""
 
     def start(self) -> None:
         """Run to the end; `federation` and `sites` hold what there is when it raises."""
@@ -192,13 +202,19 @@ def prepare(
     public: PublicTable | None = None,
     drops: Iterable[Drop] = (),
     masked: bool = False,
+    engine: Engine = "vectorised",
+    memory: int = MEMORY,
 ) -> Run:
     """Everything that one run needs, nothing started.
 
     `masked`: secure aggregation, where the study has it, is run in full. Else the same integers and the same
     noise are added up in clear: the model is bit by bit the same.
 
+    `engine`: vectorised trains the sites of a round together, in `memory` bytes; process one after another.
+    They differ by the rounding of floating point.
+
     Raises:
+        ConfigError: one site's training does not fit in the memory.
         DataError: the sites' tables do not have the same features.
     """
     widths = {train.x_NF.shape[1] for train, _ in splits.values()}
@@ -228,6 +244,12 @@ def prepare(
     consortium, members = memberships(nodes)
     how = LSA1 if masked else Functional
     sites = {name: replace(site, aggregation=how(members[name])) for name, site in sites.items()}
+    stack = _stack(study, sites, memory) if engine == "vectorised" else None
+    if stack is not None:
+        sites = {
+            name: replace(site, surroundings=replace(site.surroundings, train=stack.trainer(name)))
+            for name, site in sites.items()
+        }
     inner = InProcessGrid(
         {node: client_app(sites[name]) for node, name in nodes.items()},
         drops={node: [drop for drop in drops if drop.site == name] for node, name in nodes.items()},
@@ -237,7 +259,27 @@ def prepare(
     grid: Grid = inner
     if study.secure_aggregation.enabled:
         grid = SecureGrid(inner, lambda: consortium) if masked else FunctionalGrid(inner, consortium)
-    return Run(federation=federation, sites=sites, grid=grid, guarantee=Guarantee.of(study))
+    return Run(
+        federation=federation,
+        sites=sites,
+        grid=grid,
+        guarantee=Guarantee.of(study),
+        engine="process" if stack is None else "vectorised",
+    )
+
+
+def _stack(study: Study, sites: Mapping[str, Site[Simulated]], memory: int) -> Stack | None:
+    try:
+        return Stack(study, sites, memory=memory)
+    except Unstackable as error:
+        _say(f"model {study.model_name}: {error}; the sites are trained one after another")
+        return None
+
+
+@cache
+def _say(text: str) -> None:
+    """Once, not for every rehearsal."""
+    log.warning("%s", text)
 
 
 def first_model(study: Study, width: int, seed: int) -> Arrays:

@@ -30,6 +30,7 @@ from lepton_fl.results import (
     Arm,
     ArmName,
     CurvePoint,
+    Engine,
     Interval,
     ModelFile,
     OwnArm,
@@ -42,7 +43,7 @@ from lepton_fl.results import (
     read_results,
     write_results,
 )
-from lepton_fl.secure_rounds import check_protectable, noise_factor, what_hides, what_leaves
+from lepton_fl.secure_rounds import check_protectable, exposures, noise_factor, what_hides, what_leaves
 from lepton_fl.simulation.baselines import (
     OWN_LABEL,
     POOLED_LABEL,
@@ -70,6 +71,7 @@ from lepton_fl.tasks.arrays import size_of
 from lepton_fl.tasks.metrics import RESAMPLES, Bootstrap, Scored, evaluate
 from lepton_fl.tasks.model_file import write_model
 from lepton_fl.tasks.operating import DEFAULT_FPR
+from lepton_fl.training.stacked import MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +139,10 @@ class Plan:
     """Folder where the baselines' scores are kept for other runs on the same records."""
     secagg: SecureRun | None = None
     """How the charged run forms its sums; by default in full up to `MASKED_PAIRS`. Rehearsals: functional."""
+    engine: Engine = "vectorised"
+    """How the sites are trained, in the charged run and in the rehearsals."""
+    memory: int = MEMORY
+    """Bytes that the vectorised engine may use."""
 
     @property
     def sums(self) -> SecureRun | None:
@@ -210,7 +216,7 @@ def check_plan(plan: Plan) -> Study:
     study = freeze(plan.study, plan.tables)
     splits = split_sites(plan.tables, study, plan.seeds[0])
     _check_all(plan, study, splits)
-    prepare(study, splits, plan.seeds[0]).close()
+    prepare(study, splits, plan.seeds[0], engine=plan.engine, memory=plan.memory).close()
     return study
 
 
@@ -292,6 +298,8 @@ class _Simulation:
             public=self.plan.public,
             drops=self.plan.drops,
             masked=self.plan.sums == "full",
+            engine=self.plan.engine,
+            memory=self.plan.memory,
         )
 
     def run(self) -> Results:
@@ -408,7 +416,16 @@ class _Simulation:
     def _rehearsal(self, study: Study, splits: Splits, seed: int) -> dict[str, Scored]:
         if study.id == self.study.id and seed == self.seed:
             return self.scored["federated"][0]
-        run = prepare(study, splits, seed, drops=self.plan.drops, public=self.plan.public)
+        plan = self.plan
+        run = prepare(
+            study,
+            splits,
+            seed,
+            drops=plan.drops,
+            public=plan.public,
+            engine=plan.engine,
+            memory=plan.memory,
+        )
         try:
             run.start()
             return self.scorer(run.federation.model, splits)
@@ -473,6 +490,7 @@ class _Simulation:
             operating_point=point,
             operating_point_agreed=study.task.operating_point is not None,
             strategy=study.train.strategy,
+            engine=self.main.engine,
             model=self._model_file() if federation.done else None,
             promise=self._promise(),
             secure_aggregation=self._secure_sums(),
@@ -590,18 +608,23 @@ class _Simulation:
 
     def _promise(self) -> Promise:
         study, guarantee = self.study, self.main.guarantee
-        event = guarantee.event
+        event, numbers = guarantee.event, size_of(self.main.federation.model)
         return Promise(
             epsilon=study.privacy.epsilon,
             delta=study.privacy.delta,
             unit=guarantee.unit,
+            unit_said=guarantee.unit_said,
             holds_against=guarantee.holds_against,
             noise=study.privacy.noise,
             clip=study.privacy.clip,
             noise_multiplier=None if event is None else event.noise_multiplier,
             sample_rate=study.train.sample_rate,
             steps=study.charged_steps,
-            leaves=what_leaves(study, size_of(self.main.federation.model), len(self.splits)),
+            leaves=what_leaves(study, numbers, len(self.splits)),
+            epsilon_against={
+                seen.against: seen.epsilon
+                for seen in exposures(guarantee, coordinates=numbers, sites=len(self.splits))
+            },
         )
 
     def _secure_sums(self) -> SecureSums | None:

@@ -26,8 +26,11 @@ from lepton_fl.fleet.protocol.payload import Payload
 from lepton_fl.fleet.protocol.records import pack
 from lepton_fl.fleet.protocol.transfer import Outbox
 from lepton_fl.fleet.server.hub import Hub, Reply, Session
+from lepton_fl.fleet.server.ledgers import Ledgers
 from lepton_fl.fleet.server.service import FleetService
 from lepton_fl.messages import identify
+from lepton_fl.privacy.ledger import Witness
+from lepton_fl.secagg.identity import IdentityKey
 from lepton_fl.site import Simulated, Site
 
 EXCHANGES = [bytes([n]) * 16 for n in range(4)]
@@ -153,9 +156,11 @@ def test_the_server_obeys_a_site_or_says_that_it_is_at_fault(said: list[pb.FromA
     party = dict(zip(EXCHANGES, (101, 101, 102, 102), strict=True))
     ended: list[Reply] = []
 
-    async def main() -> None:
+    async def main(folder: str) -> None:
         hub = Hub(grace=60.0, payload_limit=1000)
-        service: FleetService[Any] = FleetService(hub, None, Silent(), heartbeat=5.0)  # type: ignore[arg-type]
+        witness = Witness(Path(folder) / "witness.db", name="the server", key=IdentityKey.generate())
+        ledgers = Ledgers(hub, witness, lambda _: None)
+        service: FleetService[Any] = FleetService(hub, None, Silent(), ledgers, heartbeat=5.0)  # type: ignore[arg-type]
         session, other = _session(101), _session(102)
         hub.enter(session)
         hub.enter(other)
@@ -168,8 +173,10 @@ def test_the_server_obeys_a_site_or_says_that_it_is_at_fault(said: list[pb.FromA
                     service._take(session, message)
             for exchange in party:
                 hub.cancel(exchange)
+        ledgers.close()
 
-    asyncio.run(main())
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(main(folder))
 
     answered = [answer.exchange for answer in ended]
 

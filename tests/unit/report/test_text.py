@@ -70,6 +70,23 @@ def test_what_leaves_and_what_hides_it_is_said(hospitals, ran, said):
         assert said in written
 
 
+def test_epsilon_is_said_by_who_looks(hospitals):
+    """Rounded up, with its delta and unit, on the page too; where all see the same it is said once."""
+    against = {
+        "the server alone, and every reader of the model": 2.481,
+        "the server and 1 member together": 3.0,
+    }
+    promise = hospitals.promise.model_copy(update={"epsilon_against": against})
+
+    said = (
+        "at delta 1e-5 per record, epsilon is 2.49 against the server alone, and every reader of the model; "
+        "3 against the server and 1 member together."
+    )
+    for render in (render_markdown, render_html):
+        assert said in render(hospitals.model_copy(update={"promise": promise}))
+        assert "Of all of the training" not in render(hospitals)
+
+
 def test_gain_has_its_interval(hospitals):
     """The difference that the verdict rests on is given with how sure it is."""
     means = next(s for s in render_markdown(hospitals).splitlines() if "mean of the sites" in s)

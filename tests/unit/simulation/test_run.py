@@ -124,7 +124,7 @@ def test_a_site_whose_training_fails_is_named_and_tried_again(make_study, splits
             raise RuntimeError("no memory for patient 4711")
         return train_locally(*args)
 
-    monkeypatch.setattr("lepton_fl.site.app.train_locally", fail_once)
+    monkeypatch.setattr("lepton_fl.site.site.train_locally", fail_once)
     study = make_study(secure_aggregation={"min_survivors": 3})
     reports = []
 
@@ -135,7 +135,7 @@ def test_a_site_whose_training_fails_is_named_and_tried_again(make_study, splits
         def round_done(self, report, _):
             reports.append(report)
 
-    run = prepare(study, splits, 0, observer=Keep())
+    run = prepare(study, splits, 0, observer=Keep(), engine="process")
     run.start()
     charged = run.sites["b"].ledger.history("b-ill")
     run.close()
@@ -194,3 +194,22 @@ def test_nodes_are_numbered_by_name(study, splits):
     run.close()
 
     assert run.federation.sites == {FIRST_SITE_NODE + i: name for i, name in enumerate("abcd")}
+
+
+@pytest.mark.parametrize("noise", ["local", "shared"])
+def test_every_site_is_charged_for_a_persons_other_sites(make_study, splits, noise):
+    """A whole run, but for its spare rounds: within the study's epsilon, above one site's part of it."""
+    study = make_study(privacy={"noise": noise, "max_sites_per_unit": 2})
+    run = prepare(study, splits, 3)
+    try:
+        run.start()
+        (event,) = run.sites["a"].ledger.events("a-ill")
+        spent = run.sites["a"].ledger.spent("a-ill", study.privacy.delta)
+    finally:
+        run.close()
+
+    rounds = study.train.rounds
+    assert (event.sites_per_unit, event.steps) == {"shared": (2, rounds), "local": (1, 2 * rounds)}[noise]
+    assert epsilon([replace(event, sites_per_unit=1, steps=rounds)], study.privacy.delta) < spent
+    assert spent == pytest.approx(run.guarantee.epsilon_after(rounds), rel=1e-3)
+    assert spent <= study.privacy.epsilon

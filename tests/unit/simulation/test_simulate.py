@@ -405,6 +405,10 @@ def test_how_sums_were_formed_is_said(heart_plan, asked):
     assert results.promise.leaves == (
         f"Each round releases {numbers} numbers, only as a sum over at least 4 sites."
     )
+    by_who = results.promise.epsilon_against
+    alone, together = "the server alone, and every reader of the model", "the server and 1 member together"
+    # Who knows a share less sees more noise; what is promised holds with a member that colludes.
+    assert by_who[alone] < by_who[together] <= results.promise.epsilon
     assert results.model.sha256 == other.model.sha256
 
 
