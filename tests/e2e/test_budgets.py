@@ -6,6 +6,8 @@ from contextlib import closing
 
 import pytest
 
+from lepton_fl.fleet.server.config import load_server
+from lepton_fl.fleet.server.ledgers import open_witness
 from lepton_fl.privacy import Charge, Gaussian, Ledger, epsilon
 from lepton_fl.privacy.ledger import Budget, Receipt
 from lepton_fl.privacy.ledger.receipts import to_bytes
@@ -140,6 +142,17 @@ def test_a_changed_entry_is_named_with_exit_7(lepton, home, spend):
         refused(lepton(*command, home), 7, "was changed", "bring the ledger's files back from the backup")
 
 
+def test_an_approval_that_was_written_by_hand_is_found(lepton, home, spend):
+    """Of a study that was charged: nobody with the site's key has approved it."""
+    spend(1)
+    line = {"study": "5" * 64, "name": "scores", "at": "2026-01-01T00:00:00+00:00"}
+    (home / "state" / "approvals.jsonl").write_text(json.dumps(line) + "\n")
+
+    refused(
+        lepton("audit", "verify", home), 7, "the approval of study scores", "is not signed, as in releases"
+    )
+
+
 def test_sums_beyond_the_policy_are_named_with_exit_7(lepton, home, spend):
     """Room is for ten rounds; whoever charged twelve did not ask this policy."""
     spend(*range(1, 13))
@@ -231,7 +244,17 @@ def test_a_site_recovers_from_an_older_copy(lepton, home, spend, tmp_path):
     spend(1)
     shutil.copytree(home / "state", tmp_path / "backup")
     receipts = tmp_path / "receipts"
-    receipts.write_bytes(to_bytes(spend(2, 3)))
+    lepton("init", "consortium", "--template", "server")
+    server = tmp_path / "consortium" / "server.toml"
+    give = ("server", "receipts", "clinic", receipts, "-c", server)
+    refused(lepton(*give), 3, "nothing was seen of a ledger of 'clinic'")
+    files = load_server(server)
+    files.state.mkdir(mode=0o700)
+    with closing(open_witness(files)) as witness:
+        for given in spend(2, 3):
+            witness.see(given.statement)
+    assert "wrote 3 receipts" in lepton(*give).err
+    refused(lepton(*give), 3, "is not overwritten")
     whole = show(lepton, home)["epsilon_spent"]
     (home / "state" / "ledger.db").write_bytes((tmp_path / "backup" / "ledger.db").read_bytes())
     refused(lepton("budget", "show", home), 7, "ends at entry 3", "lepton-fl budget recover")

@@ -86,6 +86,7 @@ def test_the_model_of_a_fleet_is_that_of_a_simulation(demo, place):
     assert "--drop" in simulate
     assert [site["rounds"] for site in saw["sites"]] == [300, killed["rounds"], 300, 300]
     assert killed["rounds"] < 300
+    assert (saw["killed"], saw["returned"]) == (killed["site"], True)
     assert "INSECURE SEED: a demonstration, no privacy" in saw["labels"]
     assert "cannot be promoted" in saw["promoted"]
     assert processes_in(place) == []
@@ -99,6 +100,9 @@ def test_a_fleet_without_a_seed_ends_with_a_promoted_model(demo, place):
     assert saw["labels"] == []
     assert saw["simulation"] is None
     assert saw["rounds"] == 100
+    # It is back in later rounds, or the demonstration says that the run was over before.
+    missed = saw["sites"][1]["missed"]
+    assert saw["returned"] is not any(span.endswith("100") for span in missed)
     assert (place / "demo" / saw["promoted"] / "weights.safetensors").is_file()
     for site in saw["sites"]:
         assert 0 < site["epsilon_spent"] <= 1.0

@@ -82,3 +82,57 @@ def test_nobody_approves_without_a_yes(lepton, offered):
 
     assert lepton("study", "approve", study.study.name, "-c", site).code in (4, 130)
     assert offers_of(site).judge(study).state == "waiting"
+
+
+# Studies that a key signs
+
+
+@pytest.fixture
+def signed_only(lepton, short_study, tmp_path):
+    """A site that lets in what one key has signed; gives its site.toml, and the key's file."""
+    lepton("init", "clinic", "--template", "site")
+    made = lepton("study", "key", "board.pem")
+    policy = tmp_path / "clinic" / "policy.toml"
+    kept = [line for line in policy.read_text().splitlines() if not line.startswith("approval")]
+    policy.write_text("\n".join(kept).replace("[release]", f"{made.out}[release]"))
+    return tmp_path / "clinic" / "site.toml", tmp_path / "board.pem"
+
+
+def test_a_signature_beside_a_study_lets_it_in(lepton, signed_only, short_study):
+    """As `study key` printed the policy and `study sign` wrote it; without, it is said what is missing."""
+    site, key = signed_only
+    without = lepton("study", "approve", short_study, "-c", site, "--yes")
+    signed = lepton("study", "sign", short_study, "--key", key)
+    lepton("study", "approve", short_study, "-c", site, "--yes")
+
+    assert "it does not run yet: study heart-disease asks to run without a signature" in without.err
+    assert signed.out.strip() == str(short_study.with_suffix(".sig"))
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert offers_of(site).judge(load_study(short_study)).state == "approved"
+
+
+def test_a_signature_of_a_changed_study_is_refused_by_file(lepton, signed_only, short_study):
+    """Before the study is submitted or approved, in one line."""
+    site, key = signed_only
+    lepton("study", "sign", short_study, "--key", key)
+    short_study.write_text(short_study.read_text().replace("lr = 0.03", "lr = 0.04"))
+
+    for command in (("approve", short_study, "-c", site, "--yes"), ("submit", short_study)):
+        done = lepton("study", *command)
+        assert done.code == 7
+        assert done.err.count("\n") == 1
+        assert "study.sig: is no signature of study" in done.err
+        assert "lepton-fl study sign STUDY.toml --key FILE" in done.err
+
+
+def test_what_is_no_key_signs_nothing(lepton, signed_only, short_study, tmp_path):
+    """Nor is one that others may read."""
+    _, key = signed_only
+    other = tmp_path / "other.pem"
+    other.write_text("no key")
+    other.chmod(0o600)
+    key.chmod(0o644)
+
+    assert "not an Ed25519 private key" in lepton("study", "sign", short_study, "--key", other).last
+    assert "chmod 600" in lepton("study", "sign", short_study, "--key", key).last
+    assert not short_study.with_suffix(".sig").exists()

@@ -376,3 +376,15 @@ def test_a_sites_reason_is_short_and_printable(make_message):
     reply = Message(Error(1004, "\x1b[2Jno\n" + "!" * 10_000), reply_to=make_message({}))
 
     assert refusal_reason(reply) == "[2Jno" + "!" * 195
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "<u4", "<i8", "|b1"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (2, 1, 4)])
+def test_arrays_travel_as_flower_writes_them(dtype, shape):
+    """Byte for byte, whatever the memory's order."""
+    array = np.ones(shape, dtype)
+    for made in (array, np.asfortranarray(array)):
+        found, expected = to_record({"w": made})["w"], Array(np.asarray(made, order="C"))
+
+        assert (found.dtype, found.shape, found.stype) == (expected.dtype, expected.shape, expected.stype)
+        assert found.data == expected.data
