@@ -167,8 +167,9 @@ class Ledger(AnyLedger):
 
     def _check_end(self) -> None:
         """That the ledger has all entries that were on disk when an append returned."""
+        # Before the entries are read: another process may charge meanwhile, and notes it afterwards.
+        end = noted_end(self._custody.head, self._book.key)
         with self._transaction("DEFERRED"):
-            end = noted_end(self._custody.head, self._book.key)
             if end is None:
                 raise VerificationFailed(
                     f"{self._custody.head}: is gone or damaged, so nobody can say where the ledger ended",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class AnyLedger:
 
     def _open(self) -> None:
         with self._io():
-            self._db.execute("PRAGMA journal_mode = WAL")
+            self._to_wal()
             # FULL: a commit returns only when the write-ahead log is on disk.
             self._db.execute("PRAGMA synchronous = FULL")
         with self._locked("IMMEDIATE"):
@@ -81,6 +82,19 @@ class AnyLedger:
                 check_format(self.path, written, [sql for (sql,) in schema])
                 self._sync()
                 self._key = self._own_key()
+
+    def _to_wal(self) -> None:
+        """For this switch SQLite does not wait by itself where processes begin one ledger at once."""
+        for _ in range(250):
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
+        self._db.execute("PRAGMA journal_mode = WAL")
 
     def _begin(self) -> None:
         for statement in SCHEMA:
