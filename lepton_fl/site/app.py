@@ -124,15 +124,16 @@ def client_app(site: Site[S_co]) -> SiteApp[S_co]:
 
 
 def _check_update(delta: Arrays, bench: Workbench, study: Study) -> None:
-    """Refuse an update that nobody would take. It follows from clipped and noised steps: this tells no more.
+    """Refuse an update that nobody would take.
 
-    Under shared noise it has none yet, and its size would tell, by a refusal, of single records what a study
-    with a large clip and a small expected batch asks: there it is cut, like everybody's, and not judged.
+    Under secure aggregation only what is not finite: a refusal would tell the size of one site's update, and
+    under shared noise, which it has not yet, of single records what a study with a large clip and a small
+    expected batch asks. There it is cut, like everybody's, and not judged.
 
     Raises:
         ConfigError: it is not finite, or enormous.
     """
-    limit = np.inf if study.privacy.noise == "shared" else MAX_MAGNITUDE
+    limit = np.inf if study.secure_aggregation.enabled else MAX_MAGNITUDE
     try:
         check_like(delta, bench.template, limit=limit)
     except ProtocolError as error:

@@ -166,6 +166,7 @@ def scored(case: Case, seed: int) -> Mapping[str, Scored]:
             InProcessGrid({node: client_app(sites[name]) for node, name in nodes.items()}), consortium
         ),
         guarantee=Guarantee.of(study),
+        engine="process",
     )
     try:
         run.start()

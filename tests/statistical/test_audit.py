@@ -136,6 +136,10 @@ def sampler(change):
     """A sampler that draws otherwise, and says that it is a Poisson sampler of the rate asked for."""
 
     class Changed(PoissonSampler):
+        def __init__(self, units, rate, key):
+            super().__init__(units, rate, key)
+            self._key = key
+
         def draw(self, step):
             return change(self, step, super().draw)
 
