@@ -17,8 +17,8 @@ from lepton_fl.errors import LeptonError
 
 COMMAND = ("-P", "-m", "lepton_fl.cli.children")
 """Python's arguments for `lepton-fl` as a child."""
-END_S = 20.0
-"""Patience with a child that was asked to end."""
+END_S = 60.0
+"""Patience with a child that was asked to end: more than a server has with its runs (`runs.leave_s`)."""
 _PARENT = "LEPTON_FL_PARENT"
 _PR_SET_PDEATHSIG = 1
 
