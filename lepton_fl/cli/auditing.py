@@ -77,7 +77,8 @@ def verify(place: Path, files: list[Path], key: bytes | None) -> list[Verified]:
     given = [receipt for file in files for receipt in from_file(file)]
     if place.is_file() and place.suffix != ".toml":
         return [Verified(audited=audit(place, given=given, key=key), policy="")]
-    return [_of(budget, audit(budget.ledger_file, given=given, key=key)) for budget in budgets([place], None)]
+    found = budgets([place], None, command="lepton-fl audit verify LEDGER.db, or the folder of a site")
+    return [_of(budget, audit(budget.ledger_file, given=given, key=key)) for budget in found]
 
 
 def _of(budget: SiteBudget, audited: Audited) -> Verified:

@@ -176,9 +176,7 @@ def admit_study(
         _admit_by_approval(require, study, file, approvals)
 
 
-def _refusal(
-    study: Study, file: str, asks: str, allows: str, key: str, *, fix: str = ""
-) -> PolicyRefused:
+def _refusal(study: Study, file: str, asks: str, allows: str, key: str, *, fix: str = "") -> PolicyRefused:
     return PolicyRefused(
         f"study {study.study.name} asks {asks}, this site allows {allows} ({file}, {key})",
         fix=fix,

@@ -104,6 +104,26 @@ def test_a_ledger_that_is_gone_is_no_empty_one(lepton, home, spend, command):
     refused(lepton("budget", command, home), 7, "ledger.db: is gone", "lepton-fl budget recover")
 
 
+@pytest.mark.parametrize(
+    ("command", "right"),
+    [
+        (("budget", "show"), "lepton-fl budget show -c site.toml"),
+        (("budget", "history"), "lepton-fl budget history -c site.toml"),
+        (("audit", "verify"), "lepton-fl audit verify LEDGER.db, or the folder of a site"),
+    ],
+)
+def test_a_wrong_path_is_named_with_what_was_looked_for(lepton, home, tmp_path, command, right):
+    """And with the command that would find it; not with the one that makes a new site."""
+    (tmp_path / "empty").mkdir()
+    (home / "policy.toml").unlink()
+
+    refused(lepton(*command, tmp_path / "elsewhere"), 3, "elsewhere: no such file", "site.toml", right)
+    refused(lepton(*command, tmp_path / "empty"), 3, "empty: holds no site.toml", "SITE/policy.toml", right)
+    refused(
+        lepton(*command, home / "site.toml"), 3, "policy.toml: no such file", "site.toml was looked", right
+    )
+
+
 # --- verifying ---
 
 
