@@ -63,13 +63,31 @@ def open_database(path: Path, *, patience: float = 30.0, of_one_thread: bool = F
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     db = sqlite3.connect(path, isolation_level=None, timeout=patience, check_same_thread=of_one_thread)
     try:
-        db.execute("PRAGMA journal_mode = WAL")
-        # FULL: a commit returns only when the write-ahead log is on disk.
-        db.execute("PRAGMA synchronous = FULL")
+        write_ahead(db)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def write_ahead(db: sqlite3.Connection) -> None:
+    """Have a database log ahead of its writes: every commit is in that log on disk before it returns.
+
+    Raises:
+        sqlite3.Error: it cannot, also after five seconds where others begin the same database at once.
+    """
+    until = time.monotonic() + 5.0
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # For this switch alone SQLite does not wait by itself.
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+            time.sleep(0.02)
+    # FULL: a commit returns only when the log is on disk.
+    db.execute("PRAGMA synchronous = FULL")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def audit_verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Verify a ledger: each entry and signature, the sums by the site's policy, approvals of its studies.
+    """Verify a ledger: each entry and signature, the sums by the site's policy, who let its studies in.
 
     Exit 7 with the first that is wrong. Reads only, and needs no private key: a copy of the file will do.
     """

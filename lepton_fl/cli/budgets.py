@@ -133,35 +133,53 @@ class RunPlan:
         }
 
 
-def budgets(places: list[Path] | None, config: Path | None) -> list[SiteBudget]:
+def budgets(
+    places: list[Path] | None, config: Path | None, *, command: str = "lepton-fl budget show -c site.toml"
+) -> list[SiteBudget]:
     """The budgets at `places` and of the site.toml `config`.
 
-    A place is a policy.toml, a site.toml, or a folder with one or with SITE/ folders.
+    A place is a policy.toml, a site.toml, or a folder with one or with SITE/ folders. `command` is how they
+    are named rightly.
 
     Raises:
         ConfigError: nothing is named, or there is no policy at a place.
     """
     named = [*(places or []), *([config] if config else [])]
     if not named:
-        raise ConfigError(
-            "no site named", fix="lepton-fl budget show -c site.toml, or name a folder of policies"
-        )
-    return [budget for place in named for budget in _at(place)]
+        raise ConfigError("no site named", fix=f"{command}, or name a folder of policies")
+    return [budget for place in named for budget in _at(place, command)]
 
 
-def _at(place: Path) -> list[SiteBudget]:
+def _at(place: Path, command: str) -> list[SiteBudget]:
     if not place.is_dir() or (place / "site.toml").exists() or (place / "policy.toml").exists():
-        return [budget_at(place)]
+        return [budget_at(place, command)]
     # A quickstart's or a run's folder keeps its sites one level further down.
     found = sorted(place.glob("*/policy.toml")) or sorted(place.glob("sites/*/policy.toml"))
     if not found:
-        raise ConfigError(f"{place}: holds no policy.toml, nor SITE/policy.toml")
-    return [budget_at(path) for path in found]
+        raise ConfigError(
+            f"{place}: holds no site.toml or policy.toml, nor any SITE/policy.toml or sites/SITE/policy.toml",
+            fix=command,
+        )
+    return [budget_at(path, command) for path in found]
 
 
-def budget_at(place: Path) -> SiteBudget:
-    """The budget of the one site at `place`: its site.toml, its policy.toml, or their folder."""
+def budget_at(place: Path, command: str = "name a site.toml with -c") -> SiteBudget:
+    """The budget of the one site at `place`: its site.toml, its policy.toml, or their folder.
+
+    Raises:
+        ConfigError: it is not there, or has no policy.
+    """
+    if not place.exists():
+        raise ConfigError(
+            f"{place}: no such file or folder, where a site.toml, policy.toml or folder of sites was "
+            "looked for",
+            fix=command,
+        )
     files = files_of(place)
+    if not files.policy.exists():
+        raise ConfigError(
+            f"{files.policy}: no such file, where the policy of {place} was looked for", fix=command
+        )
     return SiteBudget(
         site=files.name,
         policy=load_policy(files.policy),

@@ -544,7 +544,7 @@ def budget_history(
     """Every charge of a site's ledger, oldest first, as events that any accountant can read."""
     from lepton_fl.cli.budgets import budgets, show_history
 
-    found = budgets(places, config)
+    found = budgets(places, config, command="lepton-fl budget history -c site.toml")
     if as_json:
         print_json([{"site": b.site, "charges": b.history()} for b in found])
     else:
@@ -563,7 +563,7 @@ def budget_plan(
     from lepton_fl.study import load_study
 
     study = load_study(study_file)
-    found = budgets(places, config)
+    found = budgets(places, config, command="lepton-fl budget plan STUDY.toml -c site.toml")
     plans = [plan_run(budget, study) for budget in found]
     if as_json:
         print_json([plan.as_json() for plan in plans])

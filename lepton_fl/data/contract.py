@@ -5,7 +5,7 @@ B = rows of a batch, F = features, C = columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
@@ -45,6 +45,8 @@ class Contract:
     """Column that names whose record it is; None where each record is a unit."""
     time: str | None
     """Column to split by; None where units are held out by their keys."""
+    study: str = field(compare=False)
+    """Name of the study, for errors."""
 
     @classmethod
     def of(cls, study: Study) -> Contract:
@@ -70,6 +72,7 @@ class Contract:
             positive=positive,
             unit=None if unit == "record" else nfc(unit),
             time=None if time is None else nfc(time),
+            study=study.study.name,
         )
         for first, second in pairwise(sorted(contract.feature_names)):
             if first == second:

@@ -40,7 +40,7 @@ _DUCKDB: dict[str, str | bool | int | float | list[str]] = {
 def read_duckdb(
     source: ParquetFile | DuckDB,
     contract: Contract,
-    columns: Mapping[str, str],
+    columns: Mapping[str, str] | None,
     batch_rows: int,
 ) -> Iterator[Batch]:
     """A Parquet file, or a query on a DuckDB file. Numbers are in their shortest exact form."""
@@ -104,7 +104,7 @@ def _only_select(connection: Any, source: DuckDB, duckdb: Any) -> str:
 
 
 def read_sqlite(
-    source: SQLite, contract: Contract, columns: Mapping[str, str], batch_rows: int
+    source: SQLite, contract: Contract, columns: Mapping[str, str] | None, batch_rows: int
 ) -> Iterator[Batch]:
     """A query on an SQLite file, through the standard library.
 
@@ -146,7 +146,7 @@ def _text(value: str | float | bytes | None, source: SQLite) -> str:
 
 
 def read_postgres(
-    source: Postgres, contract: Contract, columns: Mapping[str, str], batch_rows: int
+    source: Postgres, contract: Contract, columns: Mapping[str, str] | None, batch_rows: int
 ) -> Iterator[Batch]:
     """A query on a PostgreSQL server, through a cursor that stays there: a batch at a time comes over."""
     try:
@@ -206,7 +206,7 @@ def _connect(source: Postgres, psycopg: Any) -> Any:
 
 
 def _names(
-    header: Sequence[str], contract: Contract, source: Source, columns: Mapping[str, str]
+    header: Sequence[str], contract: Contract, source: Source, columns: Mapping[str, str] | None
 ) -> list[str]:
     return [header[place] for place in places(header, contract, str(source), columns)]
 

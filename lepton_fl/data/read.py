@@ -82,7 +82,7 @@ def batches(
         DataError: no header, a header twice, or a column missing.
     """
     # A tuple: a contract needs a feature and a target at least.
-    pick = itemgetter(*places(header, contract, source, columns or {}))
+    pick = itemgetter(*places(header, contract, source, columns))
     yield from picked(map(pick, rows), contract, batch_rows)
 
 
@@ -118,14 +118,18 @@ def _without_nul(lines: Iterable[str], path: Path) -> Iterator[str]:
         yield line
 
 
-def places(header: Sequence[str], contract: Contract, source: str, columns: Mapping[str, str]) -> list[int]:
+def places(
+    header: Sequence[str], contract: Contract, source: str, columns: Mapping[str, str] | None
+) -> list[int]:
     """Where each needed column stands in a row, in the order of `contract.needed`.
+
+    `columns` is None where there is no site.toml that could map them.
 
     Raises:
         ConfigError: two of the study's columns mapped to one header.
         DataError: no header, a header twice, or a column missing.
     """
-    own = {nfc(name): nfc(theirs).strip() for name, theirs in columns.items()}
+    own = {nfc(name): nfc(theirs).strip() for name, theirs in (columns or {}).items()}
     wanted = {name: own.get(name, name) for name in contract.needed}
     for theirs, times in Counter(wanted.values()).items():
         if times > 1:
@@ -140,7 +144,7 @@ def places(header: Sequence[str], contract: Contract, source: str, columns: Mapp
         # Said before any header is shown: this line is most likely somebody's record.
         raise DataError(f"{source}: the first line holds data, not the names of columns")
     if missing:
-        _refuse_missing(missing, wanted, list(place), contract, source)
+        _refuse_missing(missing, wanted, list(place), contract, source, mapped=columns is not None)
     for text, times in Counter(nfc(text).strip() for text in header).items():
         if times > 1 and text:
             raise DataError(f"{source}: the header {text!r} stands there {times} times")
@@ -157,6 +161,8 @@ def _refuse_missing(
     headers: list[str],
     contract: Contract,
     source: str,
+    *,
+    mapped: bool,
 ) -> NoReturn:
     # Without the unit there is no promise to keep, so it is said first.
     unit = contract.unit
@@ -166,9 +172,14 @@ def _refuse_missing(
     close = difflib.get_close_matches(theirs.casefold(), list(lower), n=3)
     near = f"; near it: {', '.join(repr(lower[c]) for c in close)}" if close else ""
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    mapped = f" (for {name!r})" if theirs != name else ""
-    what = f"no column {theirs!r}{mapped}{near}{more}"
+    own = f" (for {name!r})" if theirs != name else ""
+    what = f"no column {theirs!r}{own}{near}{more}"
     if name == unit:
         what = f"the study's privacy unit cannot be protected here: {what}"
+    if not mapped:
+        raise DataError(
+            f"{source}: {what}",
+            fix=f"call it {name!r} in {source}, or as it is called there in study {contract.study}",
+        )
     key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else f'"{name}"'
     raise DataError(f"{source}: {what}", fix=f'map it in site.toml: [data.columns] {key} = "..."')

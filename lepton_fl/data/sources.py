@@ -140,8 +140,8 @@ def open_batches(
 ) -> Iterator[Batch]:
     """The columns that the contract needs, at most `batch_rows` rows at a time, from any source.
 
-    `columns` maps the study's names to the institution's own. Nothing is opened before the first batch is
-    asked for. No error shows a cell or a password.
+    `columns` maps the study's names to the institution's own; None where no site.toml could. Nothing is
+    opened before the first batch is asked for. No error shows a cell or a password.
 
     Raises:
         ConfigError: a file, database, password or extra that is not there, a query that is refused or not
@@ -157,10 +157,9 @@ def open_batches(
     # Only here: most sites read a file, and have none of these libraries.
     from lepton_fl.data import databases
 
-    named = columns or {}
     if isinstance(source, SQLite):
-        yield from databases.read_sqlite(source, contract, named, batch_rows)
+        yield from databases.read_sqlite(source, contract, columns, batch_rows)
     elif isinstance(source, Postgres):
-        yield from databases.read_postgres(source, contract, named, batch_rows)
+        yield from databases.read_postgres(source, contract, columns, batch_rows)
     else:
-        yield from databases.read_duckdb(source, contract, named, batch_rows)
+        yield from databases.read_duckdb(source, contract, columns, batch_rows)

@@ -46,6 +46,9 @@ class _Require(Strict):
     privacy_units: Array[str] = ("record",)
     min_noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
     """Smallest sigma: standard deviation of a step's noise over the clip, as calibrated to the epsilon."""
+    max_sites_per_unit: Annotated[int, Field(ge=1, le=100)] = 1
+    """Largest number of sites at which one person may have a unit: a study must account for so many, by its
+    `privacy.max_sites_per_unit`."""
     min_rows: Annotated[int, Field(ge=1)] = 1
     min_positives: Annotated[int, Field(ge=0)] = 0
     approval: Literal["manual", "signed-study", "auto"] = "manual"
@@ -162,13 +165,21 @@ def admit_study(
                 f"{require.min_noise_multiplier:g} or more",
                 "require.min_noise_multiplier",
             )
+    if privacy.max_sites_per_unit < require.max_sites_per_unit:
+        raise refuse(
+            f"privacy.max_sites_per_unit {privacy.max_sites_per_unit}",
+            f"{require.max_sites_per_unit} or more",
+            "require.max_sites_per_unit",
+            fix=f"privacy.max_sites_per_unit = {require.max_sites_per_unit} in the study, or lower the key",
+        )
     if approvals is not None:
         _admit_by_approval(require, study, file, approvals)
 
 
-def _refusal(study: Study, file: str, asks: str, allows: str, key: str) -> PolicyRefused:
+def _refusal(study: Study, file: str, asks: str, allows: str, key: str, *, fix: str = "") -> PolicyRefused:
     return PolicyRefused(
         f"study {study.study.name} asks {asks}, this site allows {allows} ({file}, {key})",
+        fix=fix,
         public=f"the site's policy refuses the study ({key})",
     )
 

@@ -17,7 +17,6 @@ import resource
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+from children import Child
 
 import lepton_fl
 import lepton_fl.fleet  # before grpc: sets what gRPC reads when it is imported
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 FIRST_PARTY = 101
 PATIENCE = 300.0
-"""Seconds for processes to start or to end."""
+"""Seconds for processes to start."""
 HEARTBEAT = 10.0
 
 
@@ -332,46 +332,10 @@ def _work(work: Callable[[Frames[pb.ToRunner], Path], dict[str, Any]], fd: int, 
 # The fleet, as the report's process sees it
 
 
-class Process:
-    """A child that says JSON lines and ends when its input does."""
-
-    def __init__(self, *arguments: str) -> None:
-        # Where a line has failed is seen on stderr, which is the terminal's.
-        self._child = subprocess.Popen(
-            [sys.executable, sys.modules["__main__"].__file__ or "", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self.pid = self._child.pid
-
-    def tell(self, said: object) -> None:
-        assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps(said) + "\n")
-        self._child.stdin.flush()
-
-    def hear(self) -> dict[str, Any]:
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        assert line, "a process of the benchmark has died"
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        try:
-            self._child.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-
-
 class Fleet:
     """A server and its sites."""
 
-    def __init__(self, folder: Path, start: Callable[..., Process], sites: Sequence[str]) -> None:
+    def __init__(self, folder: Path, start: Callable[..., Child], sites: Sequence[str]) -> None:
         self.folder = folder
         self.sites = sorted(sites)
         self.parties = {site: FIRST_PARTY + i for i, site in enumerate(self.sites)}
@@ -440,12 +404,12 @@ class Fleet:
 
 
 @contextmanager
-def processes() -> Iterator[tuple[Path, Callable[..., Process]]]:
+def processes() -> Iterator[tuple[Path, Callable[..., Child]]]:
     """A folder and what starts this script's processes; they end, and the folder goes, with the context."""
-    children: list[Process] = []
+    children: list[Child] = []
 
-    def start(*arguments: str) -> Process:
-        children.append(Process(*arguments))
+    def start(*arguments: str) -> Child:
+        children.append(Child(sys.executable, sys.modules["__main__"].__file__ or "", *arguments))
         return children[-1]
 
     with tempfile.TemporaryDirectory(prefix="lepton-fl-") as folder:

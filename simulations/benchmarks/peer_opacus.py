@@ -117,18 +117,6 @@ class Epoch:
                 self.steps += 1
 
 
-@cache
-def _epoch(rows: int, features: int, batch: int, seconds: float) -> tuple[Epoch, worker.Timed]:
-    found = Epoch(rows, features, batch)
-    return found, worker.Timed(found, seconds)
-
-
-def sampling(rows: int, features: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Seconds of an epoch, and the mean batch."""
-    epoch, timed = _epoch(rows, features, batch, seconds)
-    return {**timed(), "mean_batch": epoch.sampled / epoch.steps}
-
-
 # A client's epoch, for the simulations: this peer's, pfl's and Flower's
 
 
@@ -168,4 +156,6 @@ def simulate(path: str, rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    worker.serve(step=step, clipped=clipped, forget=forget, sampling=sampling, simulate=simulate)
+    worker.serve(
+        step=step, clipped=clipped, forget=forget, sampling=worker.sampling(Epoch), simulate=simulate
+    )

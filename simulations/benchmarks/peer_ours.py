@@ -174,18 +174,6 @@ class Epoch:
                 self.steps += 1
 
 
-@cache
-def _epoch(rows: int, features: int, batch: int, seconds: float) -> tuple[Epoch, worker.Timed]:
-    found = Epoch(rows, features, batch)
-    return found, worker.Timed(found, seconds)
-
-
-def sampling(rows: int, features: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Seconds of an epoch, and the mean batch."""
-    epoch, timed = _epoch(rows, features, batch, seconds)
-    return {**timed(), "mean_batch": epoch.sampled / epoch.steps}
-
-
 # Simulations
 
 
@@ -298,7 +286,7 @@ if __name__ == "__main__":
         operations=operations,
         gemm=gemm,
         forget=forget,
-        sampling=sampling,
+        sampling=worker.sampling(Epoch),
         write_federation=write_federation,
         simulate=simulate,
         cifar=cifar,

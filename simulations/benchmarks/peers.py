@@ -8,7 +8,6 @@ itself runs in.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -17,12 +16,11 @@ import venv
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+from children import Child
 
 HERE = Path(__file__).parent
 CONSTRAINTS = HERE.parents[1] / "constraints.txt"
-PATIENCE = 60.0
-"""Seconds that a worker has to end."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 _OPACUS = ("torch==2.13.0", "opacus==1.6.0", "numpy==2.4.6")
@@ -54,65 +52,26 @@ def python_of(peer: str) -> str:
     return str(python)
 
 
-class Worker:
-    """A process that is asked for measurements. It ends when its input does."""
-
-    def __init__(self, peer: str) -> None:
-        self._child = subprocess.Popen(
-            [python_of(peer), str(HERE / f"peer_{peer}.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "FLWR_TELEMETRY_ENABLED": "0",
-                "FLWR_DISABLE_UPDATE_CHECK": "1",
-                # For the processes that a peer starts; a peer never sees our own packages.
-                "PYTHONPATH": os.environ.get("PYTHONPATH", "") if peer == "ours" else str(HERE),
-            },
-        )
-        self.pid = self._child.pid
-
-    def tell(self, **what: Any) -> None:
-        """Ask for something."""
-        assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps(what) + "\n")
-        self._child.stdin.flush()
-
-    def hear(self) -> dict[str, Any]:
-        """The next line that it says."""
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        assert line, "a worker has died; its last words are above"
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def ask(self, **what: Any) -> dict[str, Any]:
-        """Tell, and hear one line."""
-        self.tell(**what)
-        return self.hear()
-
-    def close(self) -> None:
-        """End it."""
-        assert self._child.stdin is not None
-        with suppress(BrokenPipeError):
-            self._child.stdin.close()
-        try:
-            self._child.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+def _start(peer: str) -> Child:
+    """A process of a peer that is asked for measurements."""
+    return Child(
+        python_of(peer),
+        str(HERE / f"peer_{peer}.py"),
+        RAY_USAGE_STATS_ENABLED="0",
+        FLWR_TELEMETRY_ENABLED="0",
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        # For the processes that a peer starts; a peer never sees our own packages.
+        PYTHONPATH=os.environ.get("PYTHONPATH", "") if peer == "ours" else str(HERE),
+    )
 
 
 @contextmanager
-def workers(*names: str) -> Iterator[dict[str, Worker]]:
+def workers(*names: str) -> Iterator[dict[str, Child]]:
     """One for each peer; they end with the context."""
-    found: dict[str, Worker] = {}
+    found: dict[str, Child] = {}
     try:
         for name in names:
-            found[name] = Worker(name)
+            found[name] = _start(name)
         yield found
     finally:
         for worker in found.values():

@@ -33,7 +33,7 @@ def rounds_of(peer: str, **asked: Any) -> list[tuple[float, float]]:
     at = []
     with workers(peer) as found:
         worker = found[peer]
-        worker.tell(do="cifar", **asked)
+        worker.tell({"do": "cifar", **asked})
         while "round" in (said := worker.hear()):
             at.append((cpu_of(worker.pid), time.perf_counter()))
     assert "error" not in said, said

@@ -22,8 +22,9 @@ from typing import Any
 
 import loopback
 import numpy as np
+from children import Child
 from models import CASES
-from peers import PINS, Worker, workers
+from peers import PINS, workers
 
 BATCHES = (256, 4096)
 REPETITIONS = 5
@@ -44,7 +45,7 @@ Times = dict[str, list[dict[str, Any]]]
 """By way, a measurement for each repetition; or what went wrong, once."""
 
 
-def times(found: dict[str, Worker], case: str, batch: int, *, repetitions: int, seconds: float) -> Times:
+def times(found: dict[str, Child], case: str, batch: int, *, repetitions: int, seconds: float) -> Times:
     """Each way's seconds a step, the ways in turn."""
     measured: Times = {way: [] for way in WAYS if WAYS[way][0] in found}
     for _ in range(repetitions):
@@ -75,7 +76,7 @@ def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> floa
     return float(np.linalg.norm(a_L - b_L) / np.linalg.norm(b_L))
 
 
-def agreement(found: dict[str, Worker], case: str, batch: int) -> dict[str, float | None]:
+def agreement(found: dict[str, Child], case: str, batch: int) -> dict[str, float | None]:
     """How far Opacus's clipped sum is from ours, relative, by mode; None where either has none."""
 
     def clipped(peer: str, **more: str) -> dict[str, np.ndarray] | None:

@@ -76,7 +76,7 @@ def run(simulator: str, path: Path, rounds: int) -> Found | str:
     engine = {"engine": ENGINES[simulator]} if simulator in ENGINES else {}
     with workers(peer) as found:
         worker = found[peer]
-        worker.tell(do="simulate", path=str(path), rounds=rounds, **engine)
+        worker.tell({"do": "simulate", "path": str(path), "rounds": rounds, **engine})
         while "round" in (said := worker.hear()):
             wall.append(time.perf_counter() - began)
             cpu.append(cpu_of(worker.pid))

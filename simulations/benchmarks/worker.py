@@ -1,6 +1,6 @@
 """The side of a benchmark that is measured: a process that answers one line of JSON with another.
 
-Runs in any environment that has torch; the side that asks is `peers.Worker`.
+Runs in any environment that has torch; the side that asks is `peers.workers`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -66,6 +66,31 @@ class Timed:
         """CPU and wall seconds a step."""
         cpu, wall = self._took(self._steps)
         return {"cpu": cpu / self._steps, "wall": wall / self._steps}
+
+
+class Epochs(Protocol):
+    """Draws as many batches as so many epochs have; counts them, and their records."""
+
+    sampled: int
+    steps: int
+
+    def __call__(self, epochs: int) -> None: ...
+
+
+def sampling(make: Callable[[int, int, int], Epochs]) -> Callable[..., dict[str, Any]]:
+    """An answer for `serve`: what the sampling of `make`'s tables (rows, features, batch) costs."""
+
+    @cache
+    def made(rows: int, features: int, batch: int, seconds: float) -> tuple[Epochs, Timed]:
+        epochs = make(rows, features, batch)
+        return epochs, Timed(epochs, seconds)
+
+    def answer(**asked: Any) -> dict[str, Any]:
+        """Seconds of an epoch, and the mean batch."""
+        epochs, timed = made(**asked)
+        return {**timed(), "mean_batch": epochs.sampled / epochs.steps}
+
+    return answer
 
 
 def versions(*packages: str) -> dict[str, str]:

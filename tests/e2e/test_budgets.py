@@ -12,6 +12,7 @@ from lepton_fl.privacy import Charge, Gaussian, Ledger, epsilon
 from lepton_fl.privacy.ledger import Budget, Receipt
 from lepton_fl.privacy.ledger.receipts import to_bytes
 from lepton_fl.secagg.identity import IdentityKey
+from lepton_fl.site.approvals import StudySignature
 
 STEP = Gaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=1)
 DATA = "clinic-records"
@@ -104,6 +105,26 @@ def test_a_ledger_that_is_gone_is_no_empty_one(lepton, home, spend, command):
     refused(lepton("budget", command, home), 7, "ledger.db: is gone", "lepton-fl budget recover")
 
 
+@pytest.mark.parametrize(
+    ("command", "right"),
+    [
+        (("budget", "show"), "lepton-fl budget show -c site.toml"),
+        (("budget", "history"), "lepton-fl budget history -c site.toml"),
+        (("audit", "verify"), "lepton-fl audit verify LEDGER.db, or the folder of a site"),
+    ],
+)
+def test_a_wrong_path_is_named_with_what_was_looked_for(lepton, home, tmp_path, command, right):
+    """And with the command that would find it; not with the one that makes a new site."""
+    (tmp_path / "empty").mkdir()
+    (home / "policy.toml").unlink()
+
+    refused(lepton(*command, tmp_path / "elsewhere"), 3, "elsewhere: no such file", "site.toml", right)
+    refused(lepton(*command, tmp_path / "empty"), 3, "empty: holds no site.toml", "SITE/policy.toml", right)
+    refused(
+        lepton(*command, home / "site.toml"), 3, "policy.toml: no such file", "site.toml was looked", right
+    )
+
+
 # --- verifying ---
 
 
@@ -150,6 +171,49 @@ def test_an_approval_that_was_written_by_hand_is_found(lepton, home, spend):
 
     refused(
         lepton("audit", "verify", home), 7, "the approval of study scores", "is not signed, as in releases"
+    )
+
+
+@pytest.fixture
+def sign(home):
+    """Keep a signature of the study that `spend` charges, as the agent does, and name `study_key`."""
+
+    def run(signature, study_key):
+        kept = home / "state" / "studies" / f"{'5' * 64}.sig"
+        kept.parent.mkdir()
+        signature.save(kept)
+        with (home / "policy.toml").open("a") as policy:
+            policy.write(f'approval = "signed-study"\nstudy_key = "{study_key.hex()}"\n')
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("known", "counts", "said"),
+    [(True, (1, 0), ", 1 signature"), (False, (0, 1), ", 1 other signature")],
+)
+def test_the_signature_of_a_study_is_verified(lepton, home, spend, sign, known, counts, said):
+    """And whose it is; another key may have been the policy's when the study was charged."""
+    spend(1)
+    board = IdentityKey.generate()
+    sign(StudySignature.sign(board, "5" * 64), board.public if known else bytes(32))
+    (found,) = json.loads(lepton("audit", "verify", home, "--json").out)
+
+    assert (found["studies_signed"], found["studies_signed_by_others"]) == counts
+    assert said in lepton("audit", "verify", home.name).out
+
+
+def test_a_forged_signature_of_a_study_is_named_with_exit_7(lepton, home, spend, sign):
+    """It names the policy's key, which signed another study."""
+    spend(1)
+    board = IdentityKey.generate()
+    sign(StudySignature.sign(board, "6" * 64), board.public)
+
+    refused(
+        lepton("audit", "verify", home),
+        7,
+        f"{'5' * 64}.sig: the signature of study scores, 555555555555, does not verify",
+        "lepton-fl study sign",
     )
 
 

@@ -154,7 +154,7 @@ range = [0, 100]
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda lines: ["AGE,y", *lines[1:]], ("bank-2.csv", "age", "[data.columns]")),
+        (lambda lines: ["AGE,y", *lines[1:]], ("bank-2.csv", "age", "in study tiny")),
         (lambda lines: [*lines[:5], "fifty,1", *lines[6:]], ("bank-2.csv", "'age'", "1 of 60")),
         (lambda lines: [*lines[:5], "inf,1", *lines[6:]], ("bank-2.csv", "'age'", "1 of 60")),
         (lambda lines: [*lines[:5], ",1", *lines[6:]], ("bank-2.csv", "'age'", 'missing = "flag"')),

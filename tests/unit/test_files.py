@@ -1,5 +1,6 @@
 """A file is the old one or the whole new one, and a lock has one holder."""
 
+import itertools
 import os
 import sqlite3
 import stat
@@ -8,6 +9,7 @@ from contextlib import closing
 
 import pytest
 
+from lepton_fl import files
 from lepton_fl.files import lock, open_database, transaction, write_atomic
 
 
@@ -103,6 +105,36 @@ def test_a_database_of_one_thread_is_of_no_other(tmp_path, of_one_thread):
         error = pool.submit(db.execute, "SELECT 1").exception()
 
     assert isinstance(error, sqlite3.ProgrammingError) == of_one_thread
+
+
+def test_a_database_that_another_begins_at_this_moment_is_waited_for(tmp_path, monkeypatch):
+    """SQLite itself gives up at once where the log is to be switched, whatever its patience."""
+    waits = []
+    with closing(sqlite3.connect(tmp_path / "f.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("CREATE TABLE t (i)")
+
+        def wait(seconds):
+            waits.append(seconds)
+            other.execute("COMMIT")
+
+        monkeypatch.setattr(files.time, "sleep", wait)
+        with closing(open_database(tmp_path / "f.db")) as db:
+            assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            assert db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert len(waits) == 1
+
+
+def test_a_database_that_another_does_not_let_go_of_is_refused(tmp_path, monkeypatch):
+    """After the wait, which has an end."""
+    clock = itertools.count()
+    with closing(sqlite3.connect(tmp_path / "f.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(files.time, "sleep", lambda _: None)
+        monkeypatch.setattr(files.time, "monotonic", lambda: next(clock))
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            open_database(tmp_path / "f.db")
+    assert 5 <= next(clock) < 10
 
 
 def test_what_is_no_database_is_refused_and_not_changed(tmp_path):

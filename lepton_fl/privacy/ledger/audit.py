@@ -59,6 +59,9 @@ def audit(path: Path, *, given: Iterable[Receipt] = (), key: bytes | None = None
     custody = Custody(path)
     if not path.is_file():
         raise ConfigError(f"{path}: is no ledger")
+    # All that the entries are held against is read before them: an agent may charge meanwhile.
+    in_use, notes = custody.key.exists(), custody.notes()
+    kept = receipts.from_file(custody.receipts) if custody.receipts.exists() else []
     book, compared = Book(), []
     try:
         with closing(_connect(path)) as db:
@@ -69,21 +72,20 @@ def audit(path: Path, *, given: Iterable[Receipt] = (), key: bytes | None = None
     follow(path, book, rows, each_signature=True)
     if not rows:
         raise VerificationFailed(f"{path}: entry 1 is missing", fix=RESTORE)
-    if key is None and custody.key.exists():
+    if key is None and in_use:
         key = read_key(custody.key).public
     if key is not None:
         if key != book.key:
             raise VerificationFailed(f"{path}: is signed by key {book.key.hex()}, not by {key.hex()}")
         compared.append("key")
-    end = noted_end(custody.head, book.key)
-    if end is None and custody.key.exists():
+    end = noted_end(notes, book.key)
+    if end is None and in_use:
         raise VerificationFailed(f"{custody.head}: is gone or damaged, and its ledger is in use", fix=RESTORE)
 
     def entry_at(seq: int) -> Entry:
         return Entry.read(*rows[seq - 1][1:])
 
     seen = [] if end is None else [(book.key, end, custody.head.name)]
-    kept = receipts.from_file(custody.receipts) if custody.receipts.exists() else []
     for one in (*kept, *given):
         told = one.statement
         if is_settled(book, entry_at, told):

@@ -75,6 +75,16 @@ class Custody:
         """What others have seen of it."""
         return self.ledger.with_suffix(".receipts")
 
+    def notes(self) -> bytes:
+        """What `head` holds, for `noted_end`; nothing where it is gone.
+
+        To be read before the entries: another process may charge meanwhile, and notes its charge after it.
+        """
+        try:
+            return self.head.read_bytes()
+        except FileNotFoundError:
+            return b""
+
     def of_a_ledger(self) -> Path | None:
         """A file that only a ledger which was begun leaves beside itself."""
         return next((file for file in (self.key, self.head, self.receipts) if file.exists()), None)
@@ -195,16 +205,12 @@ def check_seen(
         )
 
 
-def noted_end(path: Path, key: bytes) -> Head | None:
-    """The highest head in a ledger's `ledger.head` that its key signed; None where there is none."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
+def noted_end(notes: bytes, key: bytes) -> Head | None:
+    """The highest head in a ledger's `Custody.notes` that its key signed; None where there is none."""
     found = []
     for start in (0, SLOT):
         try:
-            counter, digest, signature = decode(data[start : start + NOTE], int, bytes, bytes)
+            counter, digest, signature = decode(notes[start : start + NOTE], int, bytes, bytes)
             verify(key, signature, HEAD, counter, digest)
         except VerificationFailed:
             continue

@@ -103,7 +103,7 @@ class Ledger(AnyLedger):
             self._key = self._own_key()
             with self._transaction():
                 begun = self._book.head.counter == 1
-                if begun and noted_end(self._custody.head, self._book.key) is None:
+                if begun and noted_end(self._custody.notes(), self._book.key) is None:
                     self._note_anew(self._book.head)
 
     def _begin(self) -> None:
@@ -167,8 +167,8 @@ class Ledger(AnyLedger):
 
     def _check_end(self) -> None:
         """That the ledger has all entries that were on disk when an append returned."""
-        # Before the entries are read: another process may charge meanwhile, and notes it afterwards.
-        end = noted_end(self._custody.head, self._book.key)
+        # Before the transaction, which reads the entries.
+        end = noted_end(self._custody.notes(), self._book.key)
         with self._transaction("DEFERRED"):
             if end is None:
                 raise VerificationFailed(
@@ -182,7 +182,7 @@ class Ledger(AnyLedger):
             begun = self._book.head.counter == 0
             if begun:
                 super()._begin()
-            end = noted_end(self._custody.head, self._book.key)
+            end = noted_end(self._custody.notes(), self._book.key)
             heads = [(one.statement.ledger, one.statement.head) for one in seen]
             heads += [] if end is None else [(self._book.key, end)]
             answered = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lepton_fl.errors import AlreadyCharged, BudgetExhausted, ConfigError, PolicyRefused, VerificationFailed
+from lepton_fl.files import write_ahead
 from lepton_fl.privacy.accounting import Event, epsilon
 from lepton_fl.privacy.ledger import events
 from lepton_fl.privacy.ledger.book import Book, Budget, DataSet, Spent
@@ -69,9 +69,7 @@ class AnyLedger:
 
     def _open(self) -> None:
         with self._io():
-            self._to_wal()
-            # FULL: a commit returns only when the write-ahead log is on disk.
-            self._db.execute("PRAGMA synchronous = FULL")
+            write_ahead(self._db)
         with self._locked("IMMEDIATE"):
             schema = self._rows("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")
             written = self._rows("PRAGMA user_version")[0][0]
@@ -82,19 +80,6 @@ class AnyLedger:
                 check_format(self.path, written, [sql for (sql,) in schema])
                 self._sync()
                 self._key = self._own_key()
-
-    def _to_wal(self) -> None:
-        """For this switch SQLite does not wait by itself where processes begin one ledger at once."""
-        for _ in range(250):
-            try:
-                self._db.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                    raise
-                time.sleep(0.02)
-            else:
-                return
-        self._db.execute("PRAGMA journal_mode = WAL")
 
     def _begin(self) -> None:
         for statement in SCHEMA:

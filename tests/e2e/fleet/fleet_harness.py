@@ -536,6 +536,27 @@ def apps_of(sites: dict[str, Site[Simulated]]) -> dict[str, SiteApp[Simulated]]:
     return {name: client_app(site) for name, site in sites.items()}
 
 
+@contextlib.asynccontextmanager
+async def fleet_of(
+    consortium: Consortium,
+    folder: Path,
+    names: tuple[str, ...],
+    *,
+    server: str = "server",
+    change: Callable[[Site[Simulated]], Site[Simulated]] = lambda site: site,
+) -> AsyncIterator[tuple[Front, dict[str, Site[Simulated]]]]:
+    """A server and these sites of a consortium, changed as said, with agents that are connected to it."""
+    members = {name: consortium.member(name, folder / "sites" / name / "pki") for name in names}
+    with sites_at(folder / "sites", names, members) as sites:
+        apps = apps_of({name: change(site) for name, site in sites.items()})
+        async with (
+            Front(consortium, folder / server) as front,
+            agents(consortium, front.port, apps, folder / "sites", members),
+        ):
+            await until(front.connected(*names))
+            yield front, sites
+
+
 def stated(key: IdentityKey, site: str, run: str = "") -> bytes:
     """A statement of a ledger in which nothing is charged."""
     head = Head(1, hashlib.sha256(site.encode()).digest())

@@ -25,6 +25,7 @@ from fleet_harness import (
     charged,
     close_site,
     content_of,
+    fleet_of,
     make_site,
     once,
     outcome_of,
@@ -69,17 +70,16 @@ class Fleet:
     @contextlib.asynccontextmanager
     async def up(self, *names: str, server: str = "server") -> AsyncIterator[Front]:
         """The server and these sites, connected; of each, what it has seen is countersigned at the end."""
-        members = {name: self.member(name) for name in names}
-        with sites_at(self.folder / "sites", names, members) as sites:
-            async with (
-                self.front(server) as front,
-                agents(self.consortium, front.port, apps_of(sites), self.folder / "sites", members),
-            ):
-                await until(front.connected(*names))
-                yield front
-                front.ledgers.relay(set(front.hub.sessions))
-                for site in sites.values():
-                    await until(lambda site=site: witnesses(site) >= {SERVER, *names} - {site.name})
+        async with fleet_of(self.consortium, self.folder, names, server=server) as (front, sites):
+            yield front
+            front.ledgers.relay(set(front.hub.sessions))
+            for site in sites.values():
+                await until(lambda site=site: witnesses(site) >= {SERVER, *names} - {site.name})
+
+    async def trained(self, *rounds: int) -> None:
+        """The bank has trained these rounds, the server and a clinic have seen it, and all are down again."""
+        async with self.up("bank", "clinic") as front:
+            await self.train(front, "bank", *rounds)
 
     async def train(self, front: Front, name: str, *rounds: int) -> None:
         """Have a site train these rounds of a run."""
@@ -137,11 +137,9 @@ def test_a_state_folder_put_back_is_found_before_anything_is_charged(
     """By the server, or by the agent itself, whatever it is asked next. It recovers, and goes on."""
 
     async def main() -> None:
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 1)
+        await fleet.trained(1)
         old = backup(fleet.home("bank"))
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 2, 3)
+        await fleet.trained(2, 3)
         put_back(old)
         async with fleet.front() as front:
             asked: list[asyncio.Future[Reply]] = []
@@ -166,8 +164,7 @@ def test_a_state_folder_put_back_is_found_before_anything_is_charged(
             receipts = front.witness.receipts("bank")
             ledger = fleet.home("bank") / "ledger.db"
             assert recover(ledger, receipts, site="bank").charged == 2
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 4)
+        await fleet.trained(4)
         with closing(Ledger(ledger)) as again:
             rounds = [(row["round"], row["outcome"]) for row in again.history("bank-records")]
             assert rounds == [(1, "released"), (2, "recovered"), (3, "recovered"), (4, "released")]
@@ -179,8 +176,7 @@ def test_a_clone_is_found_at_its_first_word_and_takes_nobodys_place(fleet: Fleet
     """Two agents on copies of one ledger: the other one works on, and is not sent away for it."""
 
     async def main() -> None:
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 1)
+        await fleet.trained(1)
         clone = backup(fleet.home("bank"))
         async with fleet.up("bank", "clinic") as front:
             await fleet.train(front, "bank", 2)
@@ -199,8 +195,7 @@ def test_a_ledger_in_anothers_place_is_found(fleet: Fleet) -> None:
     """All of the folder is new, with a key of its own and nothing spent."""
 
     async def main() -> None:
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 1)
+        await fleet.trained(1)
         shutil.rmtree(fleet.home("bank"))
         async with fleet.front() as front:
             with fleet.open("bank") as site:
@@ -218,11 +213,9 @@ def test_a_server_that_hides_what_it_has_seen_is_caught_out_by_the_peers(fleet: 
     """Or has lost it. The peer's receipts reach the site, and tell the server as well."""
 
     async def main() -> None:
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 1)
+        await fleet.trained(1)
         old = backup(fleet.home("bank"))
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 2)
+        await fleet.trained(2)
         if lost == "put back":
             put_back(old)
         else:
@@ -326,8 +319,7 @@ def test_a_server_that_was_killed_remembers_what_it_was_told(fleet: Fleet) -> No
     """Its files are as they are while it runs: nothing was closed or written to its end."""
 
     async def main() -> None:
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 1)
+        await fleet.trained(1)
         old = backup(fleet.home("bank"))
         async with fleet.up("bank", "clinic") as front:
             await fleet.train(front, "bank", 2)
@@ -346,14 +338,12 @@ def test_an_agent_that_died_after_a_charge_is_welcome(fleet: Fleet) -> None:
     """Its ledger went on, and nobody has seen it: what was charged stays charged."""
 
     async def main() -> None:
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 1)
+        await fleet.trained(1)
         with fleet.open("bank") as site:
             last = site.ledger.data_set(site.budget.data_set)
             charge = site.ledger._entry(last.round(RUN, 1).seq).content
             site.ledger.charge(replace(charge, round=2), rounds=8, budget=site.budget)
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 3)
+        await fleet.trained(3)
         with fleet.open("bank") as site:
             assert charged(site, RUN) == [1, 2, 3]
 
@@ -366,8 +356,7 @@ def test_a_peer_hands_over_what_it_has_seen(fleet: Fleet) -> None:
     file = fleet.folder / "bank.receipts"
 
     async def main() -> None:
-        async with fleet.up("bank", "clinic") as front:
-            await fleet.train(front, "bank", 1, 2)
+        await fleet.trained(1, 2)
         config.write_text('[site]\nid = "clinic"\n[data]\nsource = "records.csv"\n')
         client_receipts("bank", file, config)
         found = from_file(file)

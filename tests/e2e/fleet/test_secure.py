@@ -22,6 +22,7 @@ from fleet_harness import (
     apps_of,
     charged,
     first_model,
+    fleet_of,
     make_study,
     once,
     outcome_of,
@@ -85,14 +86,8 @@ def test_a_fleet_makes_the_sum_that_one_process_makes(
     events: list[dict[str, Any]] = []
 
     async def main() -> None:
-        members = members_of(consortium, tmp_path / "sites", SITES)
-        with sites_at(tmp_path / "sites", SITES, members) as sites:
-            async with (
-                Front(consortium, tmp_path / "server") as front,
-                agents(consortium, front.port, apps_of(sites), tmp_path / "sites", members),
-            ):
-                await until(front.connected(*SITES))
-                finished = await front.run(study, sites=PARTIES, progress=events.append)
+        async with fleet_of(consortium, tmp_path, SITES) as (front, sites):
+            finished = await front.run(study, sites=PARTIES, progress=events.append)
             spent = {name: charged(site, RUN) for name, site in sites.items()}
         joined = next(event for event in events if event["event"] == "joined")
 
@@ -140,25 +135,19 @@ def test_no_key_share_or_update_is_in_a_log_in_a_file_or_at_the_server(
     caplog.set_level(logging.DEBUG)
 
     async def main() -> None:
-        members = members_of(consortium, tmp_path / "pki", SITES)
-        with sites_at(tmp_path / "sites", SITES, members) as sites:
-            watched: dict[str, Site[Any]] = {}
-            for name, site in sites.items():
-                assert isinstance(site.aggregation, LSA1)
-                watched[name] = replace(site, aggregation=Watched(site.aggregation._membership, drawn))
-            async with (
-                Front(consortium, tmp_path / "server") as front,
-                agents(consortium, front.port, apps_of(watched), tmp_path / "sites", members),
-            ):
-                result = front.hub.result
+        def watched(site: Site[Any]) -> Site[Any]:
+            assert isinstance(site.aggregation, LSA1)
+            return replace(site, aggregation=Watched(site.aggregation._membership, drawn))
 
-                def taken(session: Any, said: Any) -> None:
-                    came.append(said.SerializeToString())
-                    result(session, said)
+        async with fleet_of(consortium, tmp_path, SITES, change=watched) as (front, _):
+            result = front.hub.result
 
-                monkeypatch.setattr(front.hub, "result", taken)
-                await until(front.connected(*SITES))
-                outcome_of(await front.run(study, sites=PARTIES))
+            def taken(session: Any, said: Any) -> None:
+                came.append(said.SerializeToString())
+                result(session, said)
+
+            monkeypatch.setattr(front.hub, "result", taken)
+            outcome_of(await front.run(study, sites=PARTIES))
 
     once(main, patience=5 * PATIENCE)
     # Some bytes are enough to find them by. What a nonce or a released share is may be seen: see below.
@@ -305,18 +294,12 @@ def test_a_run_comes_through_the_deaths_of_its_process_in_mid_protocol(
         monkeypatch.setenv(name, value)
 
     async def main() -> None:
-        members = members_of(consortium, tmp_path / "sites", SITES)
-        with sites_at(tmp_path / "sites", SITES, members) as sites:
-            async with (
-                Front(consortium, tmp_path / "server") as front,
-                agents(consortium, front.port, apps_of(sites), tmp_path / "sites", members),
-            ):
-                await until(front.connected(*SITES))
-                ends = []
-                for phase in RUNNER_PHASES[:4]:
-                    crash.write_text(phase, encoding="utf-8")
-                    ends.append(await front.run(study, sites=PARTIES, progress=events.append))
-                finished = await front.run(study, sites=PARTIES, progress=events.append)
+        async with fleet_of(consortium, tmp_path, SITES) as (front, sites):
+            ends = []
+            for phase in RUNNER_PHASES[:4]:
+                crash.write_text(phase, encoding="utf-8")
+                ends.append(await front.run(study, sites=PARTIES, progress=events.append))
+            finished = await front.run(study, sites=PARTIES, progress=events.append)
             spent = {name: charged(site, RUN) for name, site in sites.items()}
         outcome = outcome_of(finished)
 
@@ -336,16 +319,10 @@ def test_sites_that_are_told_of_different_models_open_nothing(
     """Though the server hides it from itself: all see it by the adverts, and the run says why it ended."""
 
     async def main() -> None:
-        members = members_of(consortium, tmp_path / "sites", SITES)
-        with sites_at(tmp_path / "sites", SITES, members) as sites:
-            async with (
-                Front(consortium, tmp_path / "server") as front,
-                agents(consortium, front.port, apps_of(sites), tmp_path / "sites", members),
-            ):
-                await until(front.connected(*SITES))
-                program = ("-P", str(HERE / "fleet_equivocates.py"))
-                finished = await front.run(study, sites=PARTIES, program=program)
-            refused = {name: [type(error).__name__ for error in s.refusals] for name, s in sites.items()}
+        async with fleet_of(consortium, tmp_path, SITES) as (front, sites):
+            program = ("-P", str(HERE / "fleet_equivocates.py"))
+            finished = await front.run(study, sites=PARTIES, program=program)
+        refused = {name: [type(error).__name__ for error in s.refusals] for name, s in sites.items()}
 
         assert finished.exit_code == 6
         assert "bank: Equivocation in share, by the server" in finished.message

@@ -138,10 +138,19 @@ def test_a_file_without_header_is_refused_without_showing_it(contract, write):
 
 def test_a_missing_column_is_refused_with_near_headers(contract, write):
     """The person who maps the columns sees what there is."""
-    said = refusal(contract, write("AGE_Y,cp,chol,ill\n50,1,200,0\n"))
+    said = refusal(contract, write("AGE_Y,cp,chol,ill\n50,1,200,0\n"), columns={})
 
     assert "no column 'age'; near it: 'AGE_Y'" in said
     assert 'fix: map it in site.toml: [data.columns] age = "..."' in said
+
+
+def test_where_nobody_maps_columns_the_file_and_the_study_are_named(contract, write):
+    """A simulation's tables have no site.toml to mend."""
+    path = write("AGE_Y,cp,chol,ill\n50,1,200,0\n")
+    said = refusal(contract, path)
+
+    assert f"fix: call it 'age' in {path}, or as it is called there in study {contract.study}" in said
+    assert "site.toml" not in said
 
 
 def test_a_mapped_header_that_is_missing_is_named_with_its_column(contract, write):

@@ -1,6 +1,7 @@
 """The chain: whatever is changed in a ledger's files is found, and named."""
 
 import hashlib
+import itertools
 import pkgutil
 import shutil
 import sqlite3
@@ -16,6 +17,7 @@ from lepton_fl.privacy.ledger import events
 from lepton_fl.privacy.ledger.audit import audit
 from lepton_fl.privacy.ledger.chain import SLOT
 from lepton_fl.privacy.ledger.entries import TAG, Charge, Commit, Entry, Release
+from lepton_fl.privacy.ledger.receipts import Receipt
 from lepton_fl.secagg.encoding import decode, encode
 from lepton_fl.secagg.identity import IdentityKey, verify
 
@@ -432,6 +434,30 @@ def test_the_auditor_writes_nothing(filled):
         filled.parent.chmod(0o700)
 
     assert sorted(file.name for file in filled.parent.iterdir()) == before
+
+
+def test_the_auditor_is_not_alarmed_by_charges_meanwhile(path, ledger, spend, monkeypatch):
+    """What it reads of an agent's files is of one moment each, and a charge comes between any two of them."""
+    witness, rounds, real = IdentityKey.generate(), itertools.count(1), Path.read_bytes
+
+    def charge():
+        spend(next(rounds))
+        told = ledger.state(site="bank", data_set="cards-2026")
+        ledger.keep(Receipt.issue(witness, witness="server", statement=told))
+
+    charge()
+
+    def read(file):
+        if file.suffix in (".head", ".receipts"):
+            charge()
+        return real(file)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    found = audit(path)
+
+    assert found.compared == ("key", "ledger.head", "server")
+    assert next(rounds) == 4
+    assert found.book.head.counter == 4
 
 
 def test_the_auditor_needs_no_companion(filled, tmp_path):

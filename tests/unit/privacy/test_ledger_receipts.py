@@ -2,7 +2,7 @@
 
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -74,6 +74,22 @@ def copy_of(path, name):
 def put_back(copy, path):
     shutil.rmtree(path.parent)
     shutil.copytree(copy.parent, path.parent)
+
+
+@pytest.fixture
+def go_back(path, ledger, run_rounds, server):
+    """After a round that the server saw, whatever the block does to the ledger is undone in its folder."""
+
+    @contextmanager
+    def run():
+        run_rounds(ledger, [1], server)
+        ledger.close()
+        old = copy_of(path, "backup")
+        with closing(Ledger(path)) as later:
+            yield later
+        put_back(old, path)
+
+    return run
 
 
 def rounds_of(ledger):
@@ -301,14 +317,10 @@ def test_what_a_refused_ledger_released_is_remembered(path, ledger, run_rounds, 
         assert sorted(rounds_of(again))[1:3] == [("r", 2, "recovered"), ("r", 2, "released")]
 
 
-def test_a_recovered_ledger_is_taken_by_its_witness(path, ledger, run_rounds, server, open_ledger):
+def test_a_recovered_ledger_is_taken_by_its_witness(go_back, path, run_rounds, server, open_ledger):
     """Though it has fewer entries than the one that was lost; another older copy is found as before."""
-    run_rounds(ledger, [1], server)
-    ledger.close()
-    old = copy_of(path, "backup")
-    with closing(Ledger(path)) as later:
+    with go_back() as later:
         run_rounds(later, [2, 3], server)
-    put_back(old, path)
     recover(path, server.witness.receipts("bank"), site="bank")
     again = open_ledger()
     assert again.head().counter < server.gave[-1].statement.head.counter
@@ -316,7 +328,10 @@ def test_a_recovered_ledger_is_taken_by_its_witness(path, ledger, run_rounds, se
     run_rounds(again, [4], server)
 
     assert {one.statement.head for one in again.kept} == {again.head()}
-    with closing(Ledger(old)) as rolled, pytest.raises(VerificationFailed, match="rolled back"):
+    with (
+        closing(Ledger(path.parent.parent / "backup" / path.name)) as rolled,
+        pytest.raises(VerificationFailed, match="rolled back"),
+    ):
         run_rounds(rolled, [5], server)
 
 
@@ -363,14 +378,10 @@ def test_a_statement_that_contradicts_itself_is_none(at):
 # --- an agent that must not go on ---
 
 
-def test_a_state_folder_put_back_is_found_by_a_receipt(path, ledger, run_rounds, server):
+def test_a_state_folder_put_back_is_found_by_a_receipt(go_back, path, run_rounds, server):
     """Database, key and note are all of one time, and agree; only others know better."""
-    run_rounds(ledger, [1], server)
-    ledger.close()
-    old = copy_of(path, "backup")
-    with closing(Ledger(path)) as later:
+    with go_back() as later:
         run_rounds(later, [2], server)
-    put_back(old, path)
 
     with (
         closing(Ledger(path)) as rolled,
@@ -380,29 +391,21 @@ def test_a_state_folder_put_back_is_found_by_a_receipt(path, ledger, run_rounds,
     assert "lepton-fl budget recover" in caught.value.fix
 
 
-def test_a_folder_put_back_without_its_receipts_does_not_open(path, ledger, run_rounds, server):
+def test_a_folder_put_back_without_its_receipts_does_not_open(go_back, path, run_rounds, server):
     """Where the receipts alone are as new as they were."""
-    run_rounds(ledger, [1], server)
-    ledger.close()
-    old = copy_of(path, "backup")
-    with closing(Ledger(path)) as later:
+    with go_back() as later:
         run_rounds(later, [2], server)
-    receipts = path.with_suffix(".receipts").read_bytes()
-    put_back(old, path)
+        receipts = path.with_suffix(".receipts").read_bytes()
     path.with_suffix(".receipts").write_bytes(receipts)
 
     with pytest.raises(VerificationFailed, match="server has seen entry 5"):
         Ledger(path)
 
 
-def test_a_ledger_that_was_put_back_and_written_on_is_found(path, ledger, run_rounds, server):
+def test_a_ledger_that_was_put_back_and_written_on_is_found(go_back, path, run_rounds, server):
     """It counts as far as the receipts, or further: its digests are others."""
-    run_rounds(ledger, [1], server)
-    ledger.close()
-    old = copy_of(path, "backup")
-    with closing(Ledger(path)) as later:
+    with go_back() as later:
         run_rounds(later, [2], server)
-    put_back(old, path)
     with closing(Ledger(path)) as rolled:
         run_rounds(rolled, [3, 4, 5])
 
@@ -441,15 +444,11 @@ def test_a_ledger_put_in_anothers_place_is_found(path, ledger, run_rounds, serve
 # --- recovery ---
 
 
-def test_recovery_charges_every_round_that_was_seen(path, ledger, run_rounds, server, open_ledger):
+def test_recovery_charges_every_round_that_was_seen(go_back, path, run_rounds, server, open_ledger):
     """Two rounds are in nobody's file any more, and in the peers' receipts: spent >= released again."""
-    run_rounds(ledger, [1], server)
-    ledger.close()
-    old = copy_of(path, "backup")
-    with closing(Ledger(path)) as later:
+    with go_back() as later:
         run_rounds(later, [2, 3], server)
         whole = later.spent(DATA, DELTA)
-    put_back(old, path)
 
     found = recover(path, server.gave, site="bank")
 
@@ -513,15 +512,13 @@ def test_recovery_with_the_key_that_is_left(path, ledger, run_rounds, server, op
     assert len(rounds_of(again)) == 2
 
 
-def test_entries_that_no_receipt_explains_are_a_persons_matter(path, ledger, run_rounds, server, open_ledger):
+def test_entries_that_no_receipt_explains_are_a_persons_matter(
+    go_back, path, run_rounds, server, open_ledger
+):
     """Rounds 2 and 3 went to nobody who gave a receipt; one for round 4 shows that they were."""
-    run_rounds(ledger, [1], server)
-    ledger.close()
-    old = copy_of(path, "backup")
-    with closing(Ledger(path)) as later:
+    with go_back() as later:
         run_rounds(later, [2, 3])
         run_rounds(later, [4], server)
-    put_back(old, path)
 
     with pytest.raises(PolicyRefused, match=r"for 4 entries that were seen.*--accept-loss"):
         recover(path, server.gave, site="bank")
@@ -558,16 +555,12 @@ def test_a_lost_write_ahead_log_is_recovered(path, ledger, run_rounds, server, o
         assert again.spent(DATA, DELTA) == ledger.spent(DATA, DELTA)
 
 
-def test_a_late_receipt_of_the_lost_branch_is_recovered_too(path, ledger, run_rounds, server, make_witness):
+def test_a_late_receipt_of_the_lost_branch_is_recovered_too(go_back, path, run_rounds, server, make_witness):
     """Of a peer who was away when the others were asked."""
     peer = make_witness("hospital")
-    run_rounds(ledger, [1], server)
-    ledger.close()
-    old = copy_of(path, "backup")
-    with closing(Ledger(path)) as later:
+    with go_back() as later:
         run_rounds(later, [2], peer)
         run_rounds(later, [3], server)
-    put_back(old, path)
     recover(path, server.gave, site="bank", accept_loss=True)
 
     with closing(Ledger(path)) as again, pytest.raises(VerificationFailed):

@@ -138,6 +138,13 @@ def test_a_study_against_fewer_colluders_is_refused(admit):
             "require.min_noise_multiplier",
         ),
         (
+            {"privacy": {"max_sites_per_unit": 2}},
+            {"require": {"max_sites_per_unit": 3}},
+            "privacy.max_sites_per_unit 2",
+            "3 or more",
+            "require.max_sites_per_unit",
+        ),
+        (
             {},
             {"require": {"approval": "signed-study", "study_key": "00" * 32}},
             "to run without a signature",
@@ -217,6 +224,18 @@ def test_the_smallest_sigma_is_of_the_noise_that_was_calibrated(admit, study):
 
     with pytest.raises(PolicyRefused, match="min_noise_multiplier"):
         admit((), {"require": {"min_noise_multiplier": sigma + 1e-9}})
+
+
+def test_a_study_must_account_for_as_many_sites_as_share_a_unit(admit):
+    """For more of them is a stronger promise. A policy that does not say how many demands nothing."""
+    demanded = {"require": {"max_sites_per_unit": 2}}
+    admit({"privacy": {"max_sites_per_unit": 2}}, demanded)
+    admit({"privacy": {"max_sites_per_unit": 3}}, demanded)
+    admit({"privacy": {"max_sites_per_unit": 1}})
+
+    with pytest.raises(PolicyRefused, match=r"max_sites_per_unit 1, .* 2 or more") as refused:
+        admit({"privacy": {"max_sites_per_unit": 1}}, demanded)
+    assert refused.value.fix == "privacy.max_sites_per_unit = 2 in the study, or lower the key"
 
 
 def test_a_delta_of_a_study_does_not_widen_that_of_all(admit):
