@@ -19,6 +19,7 @@ ROOT = Path(lepton_fl.__file__).parents[1]
 @pytest.mark.parametrize(
     "command",
     [
+        "compiled.py --quick --part bfloat16 --case mlp --batch 16",
         "end_to_end.py --quick",
         "fleet_exchange.py --quick",
         "fleet_study.py --quick",
