@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils._pytree import tree_map
@@ -174,7 +175,10 @@ class Outer(Factor):
 
     def explicit(self) -> Iterator[Explicit]:
         # A batched product: what becomes of one row depends on that row alone.
-        yield Explicit((self.g.mT @ self.a).flatten(-2), self.weight)
+        narrow = self.a.shape[-1] < WHOLE < self.g.shape[-1]
+        # A product of few columns is several times as slow as one of few rows.
+        product = (self.a.mT @ self.g).mT if narrow else self.g.mT @ self.a
+        yield Explicit(product.flatten(-2), self.weight)
         if self.bias is not None:
             yield Explicit(self.g.sum(-2), self.bias)
 
@@ -230,11 +234,13 @@ class Lookup(Factor):
 
 
 def outer(a: Tensor, g: Tensor, weight: slice, bias: slice | None) -> Iterator[Factor]:
-    """An outer product of [..., N, T, I] and [..., N, T, O], written out where that is the smaller."""
+    """An outer product of [..., N, T, I] and [..., N, T, O], written out where that is the cheaper."""
     positions, inputs, outputs = a.shape[-2], a.shape[-1], g.shape[-1]
+    entries, factors = inputs * outputs, positions * (inputs + outputs)
     factor = Outer(a, g, weight, bias)
-    # Twice: positions cost their squares too, and products of single rows are float32.
-    if positions > 1 and inputs * outputs <= 2 * positions * (inputs + outputs):
+    # As measured: products of single rows are float32, and twice as fast; but each entry is read twice more.
+    # However large it may be is limited too, since it is held.
+    if 24 * entries <= positions * entries + (2 * positions + 10) * factors and entries <= 4 * factors:
         yield from factor.explicit()
     else:
         yield factor
@@ -242,8 +248,12 @@ def outer(a: Tensor, g: Tensor, weight: slice, bias: slice | None) -> Iterator[F
 
 def _squares(x: Tensor) -> Tensor:
     """Sums of squares over the last dimension."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-    return norm.square()
+    if x.numel() <= HELD_AT_ONCE:
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+        return norm.square()
+    # Some at a time in float64: of many, what converts as it sums is several times as slow.
+    rows = x.flatten(0, -2).split(max(1, HELD_AT_ONCE // x.shape[-1]))
+    return torch.cat([torch.linalg.vector_norm(row.double(), dim=-1) for row in rows]).square().reshape(x.shape[:-1])
 
 
 # --- recording a pass ---
@@ -382,7 +392,12 @@ def _embedding(tape: Tape, module: nn.Embedding, index: Tensor) -> Tensor:
         g = g.reshape(*flat.shape, -1)
         if module.padding_idx is not None:
             g = g * (flat != module.padding_idx)[..., None]
-        yield Lookup(flat, g, tape.part(module.weight), module.num_embeddings)
+        factor = Lookup(flat, g, tape.part(module.weight), module.num_embeddings)
+        # A table of few words is written out: its norm is otherwise that of T x T products.
+        if 1 < flat.shape[1] and module.num_embeddings <= 2 * flat.shape[1]:
+            yield from factor.explicit()
+        else:
+            yield factor
 
     tape.watch([y], make)
     return y
@@ -420,80 +435,207 @@ def _affine(
 def _recurrent(
     tape: Tape, module: nn.RNNBase, x: Tensor, first: Any = None
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-    """Step by step, since each step's gates have to be watched."""
-    x_TNI = x.transpose(0, 1) if module.batch_first else x
+    """Layer by layer, and direction by direction."""
+    x_NTI = x if module.batch_first else x.transpose(0, 1)
     directions = 2 if module.bidirectional else 1
     cells, lasts = isinstance(module, nn.LSTM), []
     for layer in range(module.num_layers):
         if layer and module.dropout:
-            x_TNI = functional.dropout(x_TNI, module.dropout, module.training)
+            x_NTI = functional.dropout(x_NTI, module.dropout, module.training)
         outputs = []
         for direction in range(directions):
             name = f"l{layer}" + "_reverse" * direction
             at = layer * directions + direction
             if first is None:
-                start = [x_TNI.new_zeros(x_TNI.shape[1], module.hidden_size)] * 2
+                start = [x_NTI.new_zeros(len(x_NTI), module.hidden_size)] * 2
             else:
                 start = [s[at] for s in (first if cells else (first,))]
-            steps = _Recurrence(tape, module, name).run(x_TNI.flip(0) if direction else x_TNI, start)
-            outputs.append(steps[0].flip(0) if direction else steps[0])
-            lasts.append(steps[1:])
-        x_TNI = torch.cat(outputs, -1)
+            hidden, c = _through_time(tape, module, name, x_NTI.flip(1) if direction else x_NTI, start)
+            outputs.append(hidden.flip(1) if direction else hidden)
+            lasts.append((hidden[:, -1], c))
+        x_NTI = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
     h, c = (torch.stack(last) for last in zip(*lasts, strict=True))
-    return x_TNI.transpose(0, 1) if module.batch_first else x_TNI, (h, c) if cells else h
+    return x_NTI if module.batch_first else x_NTI.transpose(0, 1), (h, c) if cells else h
 
 
-@dataclass(frozen=True)
-class _Recurrence:
-    """One layer of it in one direction."""
+def _through_time(
+    tape: Tape, module: nn.RNNBase, name: str, x_NTI: Tensor, start: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One layer in one direction: the hidden states [N, T, H], and the last state of the cells [N, H].
 
-    tape: Tape
-    module: nn.RNNBase
-    name: str
+    K gates, each by itself in memory, so that what works on single numbers has them in one piece.
+    """
+    kind, width = _CELLS[module.mode], module.hidden_size
+    rows, steps, _ = x_NTI.shape
 
-    def run(self, x_TNI: Tensor, start: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """All hidden states [T, N, H], the last one, and the last cell state."""
-        weights = [getattr(self.module, f"{kind}_{self.name}") for kind in ("weight_ih", "weight_hh")]
-        biases: list[Tensor | None] = [None, None]
-        if self.module.bias:
-            biases = [getattr(self.module, f"{kind}_{self.name}") for kind in ("bias_ih", "bias_hh")]
-        # unbind, whose gradient is one stack: that of an index would be a whole tensor a step.
-        inputs = self.tape.linear(x_TNI.transpose(0, 1), weights[0], biases[0]).unbind(1)
-        step = _STEPS[self.module.mode]
-        h, c = start[0], start[-1]
-        hidden, before, recurrent = [], [], []
-        for gates in inputs:
-            before.append(h)
-            recurrent.append(self.tape.product(h, weights[1], biases[1]))
-            recurrent[-1].requires_grad_()
-            h, c = step(gates, recurrent[-1], h, c)
-            hidden.append(h)
-        weight, bias = self.tape.part(weights[1]), None if biases[1] is None else self.tape.part(biases[1])
-        self.tape.watch(
-            recurrent,
-            lambda *g: outer(torch.stack(before, 1).detach(), torch.stack(g, 1), weight, bias),
-        )
-        return torch.stack(hidden), h, c
+    def whole(z: Tensor, *, sides: int) -> Tensor:
+        # A width that is padded is that of a wider layer, of which the rest is zero, and stays so.
+        of_each = [pad for size in reversed(z.shape[-sides:]) for pad in (0, -size % WHOLE)]
+        return functional.pad(z, of_each) if tape.padded else z
 
+    matrices, biases = [], []
+    for which in ("ih", "hh"):
+        matrix = getattr(module, f"weight_{which}_{name}")
+        bias = getattr(module, f"bias_{which}_{name}") if module.bias else matrix.new_zeros(len(matrix))
+        matrices.append(whole(matrix.unflatten(0, (-1, width)).mT, sides=2))
+        biases.append(whole(bias.unflatten(0, (-1, 1, width)), sides=1))
+    h_NH, c_NH = (whole(z, sides=1) for z in (start[0], start[-1]))
+    x_MI = whole(x_NTI, sides=1).transpose(0, 1).flatten(0, 1)
+    gates_KTNH = torch.baddbmm(biases[0], x_MI.expand(len(matrices[0]), -1, -1), matrices[0])
+    gates_KTNH = gates_KTNH.unflatten(1, (steps, rows))
+    # What the recurrent matrix gives is nowhere whole: this stands for it, so that its gradient may be asked.
+    recurrent_KTNH = gates_KTNH.new_zeros(()).expand_as(gates_KTNH)
+    cell = kind(matrices[1], biases[1], gates_KTNH.detach(), h_NH.detach())
 
-def _gru_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    width = h.shape[-1]
-    reset, update = torch.sigmoid(gates[:, : 2 * width] + recurrent[:, : 2 * width]).chunk(2, -1)
-    new = torch.tanh(gates[:, 2 * width :] + reset * recurrent[:, 2 * width :])
-    return torch.lerp(new, h, update), c
+    def make(*given: Tensor) -> Iterator[Factor]:
+        of_rows = [g[..., :width].permute(2, 1, 0, 3).flatten(2) for g in given]
+        before = cell.states[:-1, :, :width].transpose(0, 1).contiguous()
+        for which, entered, g in (("ih", x_NTI.detach(), of_rows[0]), ("hh", before, of_rows[-1])):
+            bias = tape.part(getattr(module, f"bias_{which}_{name}")) if module.bias else None
+            yield from outer(entered, g, tape.part(getattr(module, f"weight_{which}_{name}")), bias)
 
-
-def _rnn_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - a step's form
-    return torch.tanh(gates + recurrent), c
+    tape.watch([gates_KTNH, recurrent_KTNH] if kind.apart else [gates_KTNH], make)
+    hidden_TNH, c_NH = _ThroughTime.apply(cell, gates_KTNH, recurrent_KTNH, h_NH, c_NH)
+    return hidden_TNH[..., :width].transpose(0, 1), c_NH[:, :width]
 
 
-def _lstm_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - the same
-    entry, forget, new, out = (gates + recurrent).chunk(4, -1)
-    c = torch.sigmoid(forget) * c + torch.sigmoid(entry) * torch.tanh(new)
-    return torch.sigmoid(out) * torch.tanh(c), c
+class _ThroughTime(torch.autograd.Function):
+    """A recurrence without a graph of its steps, and the gradient back through time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cell: _Cell, gates_KTNH: Tensor, _recurrent: Tensor, _h: Tensor, c_NH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for step in range(gates_KTNH.shape[1]):
+            c_NH = cell.forward(step, c_NH)
+        ctx.cell = cell
+        ctx.set_materialize_grads(False)
+        return cell.states[1:], c_NH.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TNH: Tensor | None, c_NH: Tensor | None) -> tuple[Tensor | None, ...]:
+        cell: _Cell = ctx.cell
+        h_NH = torch.zeros_like(cell.states[0])
+        c_NH = torch.zeros_like(h_NH) if c_NH is None else c_NH
+        gates = recurrent = torch.empty_like(cell.gates)
+        if cell.apart:
+            recurrent = torch.empty_like(gates)
+        for step in reversed(range(gates.shape[1])):
+            if g_TNH is not None:
+                h_NH = h_NH + g_TNH[step]
+            h_NH, c_NH = cell.backward(step, h_NH, c_NH, gates[:, step], recurrent[:, step])
+        return None, gates, recurrent if cell.apart else None, h_NH, c_NH
 
 
-_STEPS = {"RNN_TANH": _rnn_step, "GRU": _gru_step, "LSTM": _lstm_step}
+class _Cell(ABC):
+    """The steps of one layer in one direction, and what they leave for the way back."""
+
+    held = 0
+    """Numbers of a step and a width that the way back needs, besides the hidden states."""
+    apart = False
+    """Whether the gradient of what the recurrent matrix gives is another than that of the gates."""
+
+    def __init__(self, matrix_KHH: Tensor, bias_K1H: Tensor, gates_KTNH: Tensor, h_NH: Tensor) -> None:
+        self._matrix, self._bias, self.gates = matrix_KHH, bias_K1H, gates_KTNH
+        self._steps = gates_KTNH.shape[1]
+        self.states = h_NH.new_empty(self._steps + 1, *h_NH.shape)
+        """[T + 1, N, H]: before the first step, and after each."""
+        self.states[0] = h_NH
+        self._held = h_NH.new_empty(self.held, self._steps, *h_NH.shape)
+
+    def _recurrent(self, step: int) -> Tensor:
+        """What the recurrent matrix gives, [K, N, H]."""
+        return torch.baddbmm(self._bias, self.states[step].expand(len(self._matrix), -1, -1), self._matrix)
+
+    def _before(self, g_KNH: Tensor) -> Tensor:
+        """The gradient of a hidden state, by way of the recurrent matrix."""
+        first, *more = zip(g_KNH, self._matrix.mT, strict=True)
+        h_NH = first[0] @ first[1]
+        for g_NH, matrix_HH in more:
+            h_NH.addmm_(g_NH, matrix_HH)
+        return h_NH
+
+    @abstractmethod
+    def forward(self, step: int, c_NH: Tensor) -> Tensor:
+        """Write the next hidden state; returns the next state of the cells."""
+
+    @abstractmethod
+    def backward(
+        self, step: int, h_NH: Tensor, c_NH: Tensor, gates_KNH: Tensor, recurrent_KNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of the gradients of both states after a step, those before it; the others are written."""
+
+
+class _Rnn(_Cell):
+    def forward(self, step: int, c_NH: Tensor) -> Tensor:
+        torch.tanh(self.gates[0, step] + self._recurrent(step)[0], out=self.states[step + 1])
+        return c_NH
+
+    def backward(
+        self, step: int, h_NH: Tensor, c_NH: Tensor, gates_KNH: Tensor, recurrent_KNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _tanh_backward(h_NH, self.states[step + 1], grad_input=recurrent_KNH[0])
+        return self._before(recurrent_KNH), c_NH
+
+
+class _Gru(_Cell):
+    held = 4
+    apart = True
+
+    def forward(self, step: int, c_NH: Tensor) -> Tensor:
+        gates, recurrent = self.gates[:, step], self._recurrent(step)
+        reset, update, new, given = self._held[:, step]
+        torch.add(gates[:2], recurrent[:2], out=self._held[:2, step]).sigmoid_()
+        given.copy_(recurrent[2])
+        torch.addcmul(gates[2], reset, given, out=new).tanh_()
+        torch.lerp(new, self.states[step], update, out=self.states[step + 1])
+        return c_NH
+
+    def backward(
+        self, step: int, h_NH: Tensor, c_NH: Tensor, gates_KNH: Tensor, recurrent_KNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        reset, update, new, given = self._held[:, step]
+        kept, of_new, of_both = h_NH * update, gates_KNH[2], recurrent_KNH[:2]
+        _tanh_backward(h_NH - kept, new, grad_input=of_new)
+        torch.mul(of_new, reset, out=recurrent_KNH[2])
+        torch.mul(of_new, given, out=of_both[0])
+        torch.sub(self.states[step], new, out=of_both[1]).mul_(h_NH)
+        _sigmoid_backward(of_both, self._held[:2, step], grad_input=of_both)
+        gates_KNH[:2] = of_both
+        return self._before(recurrent_KNH).add_(kept), c_NH
+
+
+class _Lstm(_Cell):
+    held = 6
+
+    def forward(self, step: int, c_NH: Tensor) -> Tensor:
+        entry, forget, new, out, before, shown = self._held[:, step]
+        torch.add(self.gates[:, step], self._recurrent(step), out=self._held[:4, step])
+        self._held[:2, step].sigmoid_()
+        new.tanh_()
+        out.sigmoid_()
+        before.copy_(c_NH)
+        c_NH = (forget * c_NH).addcmul_(entry, new)
+        torch.mul(out, torch.tanh(c_NH, out=shown), out=self.states[step + 1])
+        return c_NH
+
+    def backward(
+        self, step: int, h_NH: Tensor, c_NH: Tensor, gates_KNH: Tensor, recurrent_KNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        entry, forget, new, out, before, shown = self._held[:, step]
+        of_entry, of_forget, of_new, of_out = recurrent_KNH
+        c_NH = c_NH + _tanh_backward(h_NH * out, shown)
+        torch.mul(c_NH, new, out=of_entry)
+        torch.mul(c_NH, before, out=of_forget)
+        _tanh_backward(c_NH * entry, new, grad_input=of_new)
+        _sigmoid_backward(h_NH * shown, out, grad_input=of_out)
+        _sigmoid_backward(recurrent_KNH[:2], self._held[:2, step], grad_input=recurrent_KNH[:2])
+        return self._before(recurrent_KNH), c_NH * forget
+
+
+_tanh_backward, _sigmoid_backward = torch.ops.aten.tanh_backward, torch.ops.aten.sigmoid_backward
+_CELLS: dict[str, type[_Cell]] = {"RNN_TANH": _Rnn, "GRU": _Gru, "LSTM": _Lstm}
 
 
 def _attention(
@@ -577,7 +719,7 @@ def _rule(module: nn.Module) -> Rule | None:
         return _layer_norm
     if kind is nn.GroupNorm:
         return _group_norm
-    if kind in (nn.RNN, nn.GRU, nn.LSTM) and module.mode in _STEPS and not module.proj_size:
+    if kind in (nn.RNN, nn.GRU, nn.LSTM) and module.mode in _CELLS and not module.proj_size:
         return _recurrent
     if kind is nn.MultiheadAttention and not module.add_zero_attn:
         # Not with keys and values of other widths, or of its own.
