@@ -248,7 +248,7 @@ def outer(a: Tensor, g: Tensor, weight: slice, bias: slice | None) -> Iterator[F
 
 def _squares(x: Tensor) -> Tensor:
     """Sums of squares over the last dimension."""
-    if x.numel() <= HELD_AT_ONCE:
+    if x.numel() <= 4 * HELD_AT_ONCE:
         norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
         return norm.square()
     # Some at a time in float64: of many, what converts as it sums is several times as slow.
@@ -407,7 +407,7 @@ def _layer_norm(tape: Tape, module: nn.LayerNorm, x: Tensor) -> Tensor:
     y, mean, rstd = torch.native_layer_norm(
         x, list(module.normalized_shape), module.weight, module.bias, module.eps
     )
-    tape.watch([y], lambda g: _affine(tape, module, (x.detach() - mean) * rstd, g, module.weight.numel()))
+    tape.watch([y], lambda g: _affine(tape, module, (x.detach() - mean).mul_(rstd), g, module.weight.numel()))
     return y
 
 
@@ -427,7 +427,7 @@ def _group_norm(tape: Tape, module: nn.GroupNorm, x: Tensor) -> Tensor:
 def _affine(
     tape: Tape, module: nn.LayerNorm | nn.GroupNorm, normed: Tensor, g: Tensor, numbers: int
 ) -> Iterator[Factor]:
-    for parameter, product in ((module.weight, normed * g), (module.bias, g)):
+    for parameter, product in ((module.weight, normed.mul_(g)), (module.bias, g)):
         if parameter is not None:
             yield Explicit(product.reshape(len(g), -1, numbers).sum(1), tape.part(parameter))
 
@@ -474,11 +474,11 @@ def _through_time(
         return functional.pad(z, of_each) if tape.padded else z
 
     matrices, biases = [], []
-    for which in ("ih", "hh"):
+    for which, turn in (("ih", kind.apart), ("hh", 0)):
         matrix = getattr(module, f"weight_{which}_{name}")
         bias = getattr(module, f"bias_{which}_{name}") if module.bias else matrix.new_zeros(len(matrix))
-        matrices.append(whole(matrix.unflatten(0, (-1, width)).mT, sides=2))
-        biases.append(whole(bias.unflatten(0, (-1, 1, width)), sides=1))
+        matrices.append(whole(matrix.unflatten(0, (-1, width)).roll(turn, 0).mT, sides=2))
+        biases.append(whole(bias.unflatten(0, (-1, 1, width)).roll(turn, 0), sides=1))
     h_NH, c_NH = (whole(z, sides=1) for z in (start[0], start[-1]))
     x_MI = whole(x_NTI, sides=1).transpose(0, 1).flatten(0, 1)
     gates_KTNH = torch.baddbmm(biases[0], x_MI.expand(len(matrices[0]), -1, -1), matrices[0])
@@ -487,12 +487,22 @@ def _through_time(
     recurrent_KTNH = gates_KTNH.new_zeros(()).expand_as(gates_KTNH)
     cell = kind(matrices[1], biases[1], gates_KTNH.detach(), h_NH.detach())
 
-    def make(*given: Tensor) -> Iterator[Factor]:
-        of_rows = [g[..., :width].permute(2, 1, 0, 3).flatten(2) for g in given]
-        before = cell.states[:-1, :, :width].transpose(0, 1).contiguous()
-        for which, entered, g in (("ih", x_NTI.detach(), of_rows[0]), ("hh", before, of_rows[-1])):
-            bias = tape.part(getattr(module, f"bias_{which}_{name}")) if module.bias else None
-            yield from outer(entered, g, tape.part(getattr(module, f"weight_{which}_{name}")), bias)
+    def make(of_gates: Tensor, of_recurrent: Tensor | None = None) -> Iterator[Factor]:
+        of_rows = of_gates if of_recurrent is None else of_recurrent
+        before_NTH = cell.states[:-1, :, :width].transpose(0, 1).contiguous()
+        yield from part("hh", before_NTH, of_rows)
+        x = x_NTI.detach()
+        if kind.apart:
+            last = len(of_gates) - kind.apart
+            yield from part("ih", x, of_gates[kind.apart :], slice(0, last * width))
+            yield from part("ih", x, of_gates[: kind.apart], slice(last * width, len(of_gates) * width))
+        else:
+            yield from part("ih", x, of_gates)
+
+    def part(which: str, a: Tensor, g_KTNH: Tensor, rows: slice | None = None) -> Iterator[Factor]:
+        g = g_KTNH[..., :width].permute(2, 1, 0, 3).flatten(2)
+        bias = tape.part(getattr(module, f"bias_{which}_{name}"), rows) if module.bias else None
+        yield from outer(a, g, tape.part(getattr(module, f"weight_{which}_{name}"), rows), bias)
 
     tape.watch([gates_KTNH, recurrent_KTNH] if kind.apart else [gates_KTNH], make)
     hidden_TNH, c_NH = _ThroughTime.apply(cell, gates_KTNH, recurrent_KTNH, h_NH, c_NH)
@@ -518,14 +528,17 @@ class _ThroughTime(torch.autograd.Function):
         cell: _Cell = ctx.cell
         h_NH = torch.zeros_like(cell.states[0])
         c_NH = torch.zeros_like(h_NH) if c_NH is None else c_NH
-        gates = recurrent = torch.empty_like(cell.gates)
-        if cell.apart:
-            recurrent = torch.empty_like(gates)
-        for step in reversed(range(gates.shape[1])):
+        gates, steps, *shape = cell.gates.shape
+        # One step is worked on where a cache holds it, and put with a row's others, as products want it.
+        now = h_NH.new_empty(gates + cell.apart, *shape)
+        g_NTKH = h_NH.new_empty(shape[0], steps, len(now), shape[1])
+        for step in reversed(range(steps)):
             if g_TNH is not None:
                 h_NH = h_NH + g_TNH[step]
-            h_NH, c_NH = cell.backward(step, h_NH, c_NH, gates[:, step], recurrent[:, step])
-        return None, gates, recurrent if cell.apart else None, h_NH, c_NH
+            h_NH, c_NH = cell.backward(step, h_NH, c_NH, now)
+            g_NTKH[:, step] = now.transpose(0, 1)
+        g_KTNH = g_NTKH.permute(2, 1, 0, 3)
+        return None, g_KTNH[:gates], g_KTNH[-gates:] if cell.apart else None, h_NH, c_NH
 
 
 class _Cell(ABC):
@@ -533,8 +546,9 @@ class _Cell(ABC):
 
     held = 0
     """Numbers of a step and a width that the way back needs, besides the hidden states."""
-    apart = False
-    """Whether the gradient of what the recurrent matrix gives is another than that of the gates."""
+    apart = 0
+    """For so many gates, the last ones, the recurrent matrix gives what is not just added to what the other
+    gives, and has another gradient. Here they come first among what enters, and last among what recurs."""
 
     def __init__(self, matrix_KHH: Tensor, bias_K1H: Tensor, gates_KTNH: Tensor, h_NH: Tensor) -> None:
         self._matrix, self._bias, self.gates = matrix_KHH, bias_K1H, gates_KTNH
@@ -562,9 +576,9 @@ class _Cell(ABC):
 
     @abstractmethod
     def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, gates_KNH: Tensor, recurrent_KNH: Tensor
+        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Of the gradients of both states after a step, those before it; the others are written."""
+        """Of the gradients of both states after a step, those before it; those of the gates are written."""
 
 
 class _Rnn(_Cell):
@@ -573,37 +587,37 @@ class _Rnn(_Cell):
         return c_NH
 
     def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, gates_KNH: Tensor, recurrent_KNH: Tensor
+        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
     ) -> tuple[Tensor, Tensor]:
-        _tanh_backward(h_NH, self.states[step + 1], grad_input=recurrent_KNH[0])
-        return self._before(recurrent_KNH), c_NH
+        _tanh_backward(h_NH, self.states[step + 1], grad_input=now_KNH[0])
+        return self._before(now_KNH), c_NH
 
 
 class _Gru(_Cell):
     held = 4
-    apart = True
+    apart = 1
 
     def forward(self, step: int, c_NH: Tensor) -> Tensor:
         gates, recurrent = self.gates[:, step], self._recurrent(step)
         reset, update, new, given = self._held[:, step]
-        torch.add(gates[:2], recurrent[:2], out=self._held[:2, step]).sigmoid_()
+        torch.add(gates[1:], recurrent[:2], out=self._held[:2, step]).sigmoid_()
         given.copy_(recurrent[2])
-        torch.addcmul(gates[2], reset, given, out=new).tanh_()
+        torch.addcmul(gates[0], reset, given, out=new).tanh_()
         torch.lerp(new, self.states[step], update, out=self.states[step + 1])
         return c_NH
 
     def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, gates_KNH: Tensor, recurrent_KNH: Tensor
+        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
     ) -> tuple[Tensor, Tensor]:
         reset, update, new, given = self._held[:, step]
-        kept, of_new, of_both = h_NH * update, gates_KNH[2], recurrent_KNH[:2]
+        kept, of_both = h_NH * update, now_KNH[1:3]
+        of_new, of_reset, of_update, of_given = now_KNH
         _tanh_backward(h_NH - kept, new, grad_input=of_new)
-        torch.mul(of_new, reset, out=recurrent_KNH[2])
-        torch.mul(of_new, given, out=of_both[0])
-        torch.sub(self.states[step], new, out=of_both[1]).mul_(h_NH)
+        torch.mul(of_new, reset, out=of_given)
+        torch.mul(of_new, given, out=of_reset)
+        torch.sub(self.states[step], new, out=of_update).mul_(h_NH)
         _sigmoid_backward(of_both, self._held[:2, step], grad_input=of_both)
-        gates_KNH[:2] = of_both
-        return self._before(recurrent_KNH).add_(kept), c_NH
+        return self._before(now_KNH[1:]).add_(kept), c_NH
 
 
 class _Lstm(_Cell):
@@ -621,20 +635,22 @@ class _Lstm(_Cell):
         return c_NH
 
     def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, gates_KNH: Tensor, recurrent_KNH: Tensor
+        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
     ) -> tuple[Tensor, Tensor]:
         entry, forget, new, out, before, shown = self._held[:, step]
-        of_entry, of_forget, of_new, of_out = recurrent_KNH
-        c_NH = c_NH + _tanh_backward(h_NH * out, shown)
+        of_entry, of_forget, of_new, of_out = now_KNH
+        _tanh_backward(h_NH * out, shown, grad_input=of_out)
+        c_NH = c_NH + of_out
         torch.mul(c_NH, new, out=of_entry)
         torch.mul(c_NH, before, out=of_forget)
         _tanh_backward(c_NH * entry, new, grad_input=of_new)
         _sigmoid_backward(h_NH * shown, out, grad_input=of_out)
-        _sigmoid_backward(recurrent_KNH[:2], self._held[:2, step], grad_input=recurrent_KNH[:2])
-        return self._before(recurrent_KNH), c_NH * forget
+        _sigmoid_backward(now_KNH[:2], self._held[:2, step], grad_input=now_KNH[:2])
+        return self._before(now_KNH), c_NH * forget
 
 
-_tanh_backward, _sigmoid_backward = torch.ops.aten.tanh_backward, torch.ops.aten.sigmoid_backward
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _CELLS: dict[str, type[_Cell]] = {"RNN_TANH": _Rnn, "GRU": _Gru, "LSTM": _Lstm}
 
 
