@@ -236,14 +236,21 @@ class Lookup(Factor):
 def outer(a: Tensor, g: Tensor, weight: slice, bias: slice | None) -> Iterator[Factor]:
     """An outer product of [..., N, T, I] and [..., N, T, O], written out where that is the cheaper."""
     positions, inputs, outputs = a.shape[-2], a.shape[-1], g.shape[-1]
-    entries, factors = inputs * outputs, positions * (inputs + outputs)
     factor = Outer(a, g, weight, bias)
-    # As measured: products of single rows are float32, and twice as fast; but each entry is read twice more.
-    # However large it may be is limited too, since it is held.
-    if 24 * entries <= positions * entries + (2 * positions + 10) * factors and entries <= 4 * factors:
+    if _is_written_out(positions, inputs, outputs):
         yield from factor.explicit()
     else:
         yield factor
+
+
+def _is_written_out(positions: int, inputs: int, outputs: int) -> bool:
+    """Whether that is the cheaper, as measured, and not much more to hold.
+
+    Products of single rows are float32, and twice as fast; but each entry is then read twice more.
+    """
+    entries, factors = inputs * outputs, positions * (inputs + outputs)
+    cheaper = 24 * entries <= positions * entries + (2 * positions + 10) * factors
+    return positions > 1 and cheaper and entries <= 4 * factors
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -360,17 +367,30 @@ def _convolution(tape: Tape, module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor
     y: Tensor = module._conv_forward(x, module.weight, module.bias)
 
     def make(g: Tensor) -> Iterator[Factor]:
-        # The patches under each position, [N, T, I * kernel]: a view of overlapping windows, then one copy.
+        # The patches under each position, [N, *positions, I, *kernel]: a view of overlapping windows.
         padded = functional.pad(x.detach(), module._reversed_padding_repeated_twice).contiguous()
         of_rows, of_inputs, *of_pixels = padded.stride()
         by_position = [pixel * step for pixel, step in zip(of_pixels, module.stride, strict=True)]
         in_kernel = [pixel * step for pixel, step in zip(of_pixels, module.dilation, strict=True)]
-        a = padded.as_strided(
+        windows = padded.as_strided(
             (len(x), *g.shape[2:], padded.shape[1], *module.kernel_size),
             (of_rows, *by_position, of_inputs, *in_kernel),
-        ).reshape(len(x), g[0, 0].numel(), -1)
-        g = g.flatten(2).mT
+        )
+        positions, entries = g[0, 0].numel(), module.weight[0].numel()
         weight, bias = tape.part(module.weight), None if module.bias is None else tape.part(module.bias)
+        if module.groups == 1 and _is_written_out(positions, entries, len(module.weight)):
+            # Some rows at a time: what a cache holds is copied, and used, before it is the next rows' place.
+            g, at_once = g.flatten(2), max(1, HELD_AT_ONCE // 2 // (positions * entries))
+            gradient = g.new_empty(len(g), len(module.weight), entries)
+            rows = (z.split(at_once) for z in (windows, g, gradient))
+            for window, g_of_rows, out in zip(*rows, strict=True):
+                torch.bmm(g_of_rows, window.reshape(len(window), positions, entries), out=out)
+            yield Explicit(gradient.flatten(1), weight)
+            if bias is not None:
+                yield Explicit(g.sum(2), bias)
+            return
+        a = windows.reshape(len(x), positions, -1)
+        g = g.flatten(2).mT
         if module.groups == 1:
             yield from outer(a, g, weight, bias)
             return
