@@ -1,6 +1,7 @@
 """Clipped sums by book-keeping: against Opacus, loops over records in float64, and faults planted."""
 
 import copy
+import dataclasses
 import logging
 
 import numpy as np
@@ -551,13 +552,15 @@ def fails(model, features=6):
 def test_a_wrong_rule_is_found(fault, monkeypatch):
     """One per cent off is a hundred times too much."""
     features, model = random_model("mlp")
-    own = {"norms": layers.Outer.norms, "sum": layers.Outer.summed}
+    own = {"norms": layers.Outer.norms, "sum": layers.Outer.add_to}
     if fault == "norms":
         monkeypatch.setattr(layers.Outer, "norms", lambda s: tuple(1.01 * n for n in own["norms"](s)))
     elif fault == "sum":
-        monkeypatch.setattr(layers.Outer, "summed", lambda s, w: own["sum"](s, 1.01 * w))
+        monkeypatch.setattr(layers.Outer, "add_to", lambda s, to, w: own["sum"](s, to, 1.01 * w))
     else:
-        monkeypatch.setattr(layers.Outer, "summed", lambda s, w: list(own["sum"](s, w))[:1])
+        monkeypatch.setattr(
+            layers.Outer, "add_to", lambda s, to, w: own["sum"](dataclasses.replace(s, bias=None), to, w)
+        )
 
     assert "off by" in fails(model, features)
 
@@ -662,6 +665,33 @@ def test_padded_matrices_are_the_same_matrices(name):
     )
 
     torch.testing.assert_close(padded, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_a_padded_model_pads_only_where_a_side_is_not_whole(monkeypatch):
+    """Zeros around a matrix that needs none would be two copies a pass."""
+    features, padded, pad = 16, [], nn.functional.pad
+    model = one_logit(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 1))
+    x, y = records(features, 30)
+    kept = Bookkeeper(model, BINARY, 32, True)
+    monkeypatch.setattr(
+        layers.functional, "pad", lambda z, sides: padded.append(tuple(z.shape)) or pad(z, sides)
+    )
+    with kept.recording():
+        kept.factors(x, y)
+
+    assert padded == [(1, 16), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("expected", "rate", "rows"),
+    [(256, 1.0, 256), (256, 0.01, 288), (10, 0.5, 32), (4096, 1.0, 2048), (1 << 20, 0.01, 2048)],
+)
+def test_the_rows_of_a_block_are_of_public_numbers(expected, rate, rows):
+    """Two standard deviations of a binomial number above its mean; beyond the most, several blocks."""
+    found = bookkeeping._rows(expected, rate, 1)
+
+    assert found % bookkeeping.ROWS == 0
+    assert found == rows
 
 
 def test_where_rows_round_differently_matrices_are_padded(monkeypatch):
