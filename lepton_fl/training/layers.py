@@ -442,7 +442,7 @@ def _embedding(tape: Tape, module: nn.Embedding, index: Tensor) -> Tensor:
             g = g * (flat != module.padding_idx)[..., None]
         factor = Lookup(flat, g, tape.part(module.weight), module.num_embeddings)
         # A table of few words is written out: its norm is otherwise that of T x T products.
-        if 1 < flat.shape[1] and module.num_embeddings <= 2 * flat.shape[1]:
+        if flat.shape[1] > 1 and module.num_embeddings <= 2 * flat.shape[1]:
             yield from factor.explicit()
         else:
             yield factor
@@ -555,7 +555,8 @@ def _through_time(
         yield from outer(a, g, tape.part(getattr(module, f"weight_{which}_{name}"), rows), bias)
 
     tape.watch([gates_KTNH, recurrent_KTNH] if kind.apart else [gates_KTNH], make)
-    hidden_TNH, c_NH = _ThroughTime.apply(cell, gates_KTNH, recurrent_KTNH, h_NH, c_NH)
+    through: Callable[..., tuple[Tensor, Tensor]] = _ThroughTime.apply
+    hidden_TNH, c_NH = through(cell, gates_KTNH, recurrent_KTNH, h_NH, c_NH)
     return hidden_TNH[..., :width].transpose(0, 1), c_NH[:, :width]
 
 
@@ -570,7 +571,8 @@ class _ThroughTime(torch.autograd.Function):
             c_NH = cell.forward(step, c_NH)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        return cell.states[1:], c_NH.clone()
+        # Copies: what is given may be changed in place, and the way back needs what it was.
+        return cell.states[1:].clone(), c_NH.clone()
 
     @staticmethod
     @once_differentiable
@@ -615,7 +617,7 @@ class _Cell(ABC):
     def _before(self, g_KNH: Tensor) -> Tensor:
         """The gradient of a hidden state, by way of the recurrent matrix."""
         first, *more = zip(g_KNH, self._matrix.mT, strict=True)
-        h_NH = first[0] @ first[1]
+        h_NH: Tensor = first[0] @ first[1]
         for g_NH, matrix_HH in more:
             h_NH.addmm_(g_NH, matrix_HH)
         return h_NH
@@ -625,9 +627,7 @@ class _Cell(ABC):
         """Write the next hidden state; returns the next state of the cells."""
 
     @abstractmethod
-    def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor) -> tuple[Tensor, Tensor]:
         """Of the gradients of both states after a step, those before it; those of the gates are written."""
 
 
@@ -636,9 +636,7 @@ class _Rnn(_Cell):
         torch.tanh(self.gates[0, step] + self._recurrent(step)[0], out=self.states[step + 1])
         return c_NH
 
-    def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor) -> tuple[Tensor, Tensor]:
         _tanh_backward(h_NH, self.states[step + 1], grad_input=now_KNH[0])
         return self._before(now_KNH), c_NH
 
@@ -656,9 +654,7 @@ class _Gru(_Cell):
         torch.lerp(new, self.states[step], update, out=self.states[step + 1])
         return c_NH
 
-    def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor) -> tuple[Tensor, Tensor]:
         reset, update, new, given = self._held[:, step]
         kept, of_both = h_NH * update, now_KNH[1:3]
         of_new, of_reset, of_update, of_given = now_KNH
@@ -684,9 +680,7 @@ class _Lstm(_Cell):
         torch.mul(out, torch.tanh(c_NH, out=shown), out=self.states[step + 1])
         return c_NH
 
-    def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor) -> tuple[Tensor, Tensor]:
         entry, forget, new, out, before, shown = self._held[:, step]
         of_entry, of_forget, of_new, of_out = now_KNH
         _tanh_backward(h_NH * out, shown, grad_input=of_out)
