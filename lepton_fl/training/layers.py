@@ -198,10 +198,14 @@ class Outer(Factor):
 
     def explicit(self) -> Iterator[Explicit]:
         # A batched product: what becomes of one row depends on that row alone.
-        narrow = self.a.shape[-1] < WHOLE < self.g.shape[-1]
-        # A product of few columns is several times as slow as one of few rows.
-        product = (self.a.mT @ self.g).mT if narrow else self.g.mT @ self.a
-        yield Explicit(product.flatten(-2), self.weight)
+        if self.a.shape[-1] < WHOLE < self.g.shape[-1]:
+            # One of few columns is several times as slow as one of few rows, of which one may be the bias.
+            product = functional.pad(self.a, (0, 1), value=1.0).mT @ self.g
+            yield Explicit(product[..., :-1, :].mT.flatten(-2), self.weight)
+            if self.bias is not None:
+                yield Explicit(product[..., -1, :], self.bias)
+            return
+        yield Explicit((self.g.mT @ self.a).flatten(-2), self.weight)
         if self.bias is not None:
             yield Explicit(self.g.sum(-2), self.bias)
 
