@@ -132,9 +132,17 @@ class ClippedSum:
     """Records so far whose gradient is not finite, and so counts as zero. For the site's own eyes."""
 
     def __call__(
-        self, x_NF: Tensor, y_N: Tensor, index_B: Tensor, owner_B: Tensor, weight_B: Tensor, units: int
+        self,
+        x_NF: Tensor,
+        y_N: Tensor,
+        index_B: Tensor,
+        owner_B: Tensor | None,
+        weight_B: Tensor | None,
+        units: int,
     ) -> Tensor:
         """The sum [L] over so many units; record index_B[b] is of unit owner_B[b] (ascending).
+
+        Without owners record b is the only one of unit b; without weights all weigh 1.
 
         **Formal guarantee.** One more unit moves it by at most clip * (1 + slack) in L2 norm, whatever its
         records and the parameters (docs/accounting.md). A unit's gradient is the weighted sum over its
@@ -143,7 +151,8 @@ class ClippedSum:
         a certain record is there.
         """
         sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
-        count_U = torch.bincount(owner_B, minlength=units)
+        count_U = torch.ones(units).long() if owner_B is None else torch.bincount(owner_B, minlength=units)
+        weight_B = torch.ones(len(index_B)) if weight_B is None else weight_B
         with self.bookkeeper.recording(), torch.enable_grad():
             for first, last, start, stop in _blocks(count_U, self.bookkeeper.rows):
                 index_C, weight_C = index_B[start:stop], weight_B[start:stop]

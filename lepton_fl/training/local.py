@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.privacy.accounting import DiscreteGaussian
-from lepton_fl.privacy.discrete_gaussian import sample
 from lepton_fl.privacy.guarantee import Guarantee
 from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
@@ -30,6 +29,7 @@ from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec
 from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum
 from lepton_fl.training.noise import Noise, drawing
+from lepton_fl.training.noising import Noising
 from lepton_fl.training.sampling import PoissonSampler
 from lepton_fl.training.units import RecordsOfUnits
 
@@ -164,21 +164,32 @@ def train_locally(
     model.train()
     ready = _Ready.of(model, table, plan)
     clipped = ClippedSum(_bookkeeper(model, task, ready, plan.expected_batch), plan.clip)
-    sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
-    optimizer = _LatticeOptimizer(inner_optimizer(model, plan), plan, noise, round)
+    sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round), steps=plan.steps)
+    noising = None
+    if plan.lattice is not None:
+        noising = Noising(plan.lattice, clipped.bookkeeper.size, [noise], round, steps=plan.steps)
+    optimizer = _LatticeOptimizer(inner_optimizer(model, plan), plan, noising)
     if plan.proximal_mu:
         optimizer.attach_step_hook(_pull(model, plan.proximal_mu))
     taken = 0
+    owner_B: Tensor | None
+    weight_B: Tensor | None
     try:
         for step in range(plan.steps):
-            sampled = torch.from_numpy(sampler.draw(step))
-            index_B, owner_B, weight_B = ready.records.of(sampled, noise.key(f"records step {step}", round))
+            sampled_S = sampler.draw(step)
+            if ready.records.one_each:
+                index_B, owner_B, weight_B = torch.from_numpy(ready.records.only(sampled_S)), None, None
+            else:
+                key = noise.key(f"records step {step}", round)
+                index_B, owner_B, weight_B = ready.records.of(torch.from_numpy(sampled_S), key)
             with drawing(noise.key(f"masks step {step}", round)):
-                sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled))
+                sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled_S))
             optimizer.sum_L = sum_L.numpy()
             optimizer.step()
             taken += 1
     finally:
+        if noising is not None:
+            noising.forget()
         _forget(model)
     if plan.gradient_only:
         delta = unflatten(-optimizer.mean_L, arrays)
@@ -191,7 +202,7 @@ def train_locally(
         steps=taken,
         sampling_rate=sampler.rate,
         clip=clipped.clip,
-        lattice=optimizer.lattice,
+        lattice=noising.lattice if noising is not None else None,
         not_finite=clipped.not_finite,
     )
 
@@ -245,7 +256,7 @@ def _bookkeeper(model: nn.Module, task: TaskSpec, ready: _Ready, expected: float
 class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
     """Opacus's optimizer for sums that are clipped already, with noise on integers."""
 
-    def __init__(self, inner: torch.optim.Optimizer, plan: LocalPlan, noise: Noise, round: int) -> None:
+    def __init__(self, inner: torch.optim.Optimizer, plan: LocalPlan, noising: Noising | None) -> None:
         super().__init__(
             inner,
             noise_multiplier=0.0,
@@ -253,14 +264,11 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
             expected_batch_size=plan.expected_batch,
             loss_reduction="mean",
         )
-        self.lattice = plan.lattice
+        self.noising = noising
         self.sum_L: NDArray[np.float64] = np.empty(0)
         """The next step's clipped sum."""
         self.mean_L: NDArray[np.float64] = np.empty(0)
         """The last step's gradient, with its noise."""
-        self._noise = noise
-        self._round = round
-        self._steps = 0
 
     def accumulate(self) -> None:
         """Nothing: `sum_L` is whole. In float64, and not in the parameters' own type, as Opacus would."""
@@ -268,28 +276,14 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
     def add_noise(self) -> None:
         """Turn the sum into integers, add the noise to them, and go on with what they stand for."""
         sum_L, self.sum_L = self.sum_L, np.empty(0)
-        if self.lattice is not None:
-            sum_L = noised(sum_L, self.lattice, self._noise, f"step {self._steps}", self._round)
-        self._steps += 1
+        if self.noising is not None:
+            sum_L = self.noising(sum_L[np.newaxis])[0]
         self.mean_L = sum_L / self.expected_batch_size
         at = 0
         for p in self.params:
             part_L = torch.from_numpy(sum_L[at : at + p.numel()])
             p.grad = part_L.reshape(p.shape).to(p.dtype)
             at += p.numel()
-
-
-def noised(
-    sum_L: NDArray[np.float64], lattice: Lattice, noise: Noise, purpose: str, round: int
-) -> NDArray[np.float64]:
-    """A sum of clipped gradients as a multiple of 1 / scale, with one discrete Gaussian share on it.
-
-    What the integers stand for is exact in float64; what is computed from it costs no privacy.
-    """
-    quantiser = lattice.quantiser()
-    words_L = quantiser.encode(sum_L, weight=1, rounding_key=noise.key(f"rounding {purpose}", round))
-    drawn_L = sample(lattice.share, len(words_L), key=noise.key(f"noise {purpose}", round))
-    return (words_L.view(np.int32) + drawn_L) / lattice.scale
 
 
 def _forget(model: nn.Module) -> None:

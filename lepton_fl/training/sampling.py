@@ -148,8 +148,8 @@ def _table(threshold: int) -> _Table:
     """For 0 < threshold < 2^64; made in a few milliseconds, and kept: a study has one rate."""
     states = sorted(range(1 << _UNITS), key=int.bit_count)
     each = [threshold**count * (_WHOLE - threshold) ** (_UNITS - count) for count in range(_UNITS + 1)]
-    *steps, whole = itertools.accumulate((each[state.bit_count()] for state in states), initial=0)
-    assert whole == 1 << 512
+    # The last sum is 2^512, no state's beginning.
+    *steps, _ = itertools.accumulate((each[state.bit_count()] for state in states), initial=0)
     high = np.array([step >> 448 for step in steps], np.uint64)
     top = (high >> np.uint64(48)).astype(np.int64)
     in_order = np.array(states, np.int16)
