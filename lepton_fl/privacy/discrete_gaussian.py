@@ -48,14 +48,14 @@ _CUT = 13
 _PRECISION = 256
 """Bits after the point in which a table's weights are computed."""
 _OPEN = 1 << 14
-"""Added, in a table's cells, to the value before the first step inside; twice the largest value of a table."""
+"""Added, in a table's cells, to the value before the first step inside; over twice the largest value."""
 _NEXT = np.uint64((1 << 48) - 1)
 _TILE = 1 << 17
 _LANE_WORDS = 1 << 66
 
 
 def sample(sigma: float, count: int, *, key: bytes) -> NDArray[np.int32]:
-    """`count` independent draws of the centred discrete Gaussian with the parameter `sigma`, below 2^28.
+    """`count` independent draws of the centred discrete Gaussian with the parameter `sigma`.
 
     `key` is 32 bytes from os.urandom, used for this call alone and then forgotten: who knows it knows the
     noise.
@@ -71,7 +71,7 @@ def sample(sigma: float, count: int, *, key: bytes) -> NDArray[np.int32]:
     of them; who shares the processor's caches may learn which parts of the tables were read, and so
     something of single draws. Run it where no stranger shares the core.
 
-    Memory: the result, and below 4 MB whatever the count.
+    Every draw is below 2^28 in size. Memory: the result, and below 4 MB whatever the count.
 
     Raises:
         ValueError: sigma is not in SMALLEST ... LARGEST, the count is negative or the key not 32 bytes.
@@ -150,7 +150,7 @@ class _Table:
     high: NDArray[np.uint64]
     """Their upper 64 bits, and one that is above all of them."""
     cells: NDArray[np.int16]
-    """The value by the first 16 bits; where there is a step with these first 16 bits, that before it + _OPEN."""
+    """The value by the first 16 bits; where there is a step with these bits, the one before it + _OPEN."""
 
     def invert(
         self, cell_O: NDArray[np.int16], high_O: NDArray[np.uint64], low_O: NDArray[np.uint64]

@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 
 from lepton_fl.secagg.masks import Keystream, Words
 
-AHEAD = 1 << 20
-"""Units of all steps that are drawn at once, at most; if one step has more, it is drawn by itself."""
+AHEAD = 1 << 19
+"""Bytes of stream and of indices, about, that are drawn at once; a step that needs more comes by itself."""
 
 _WHOLE = 1 << 64
 _UNITS = 8
 """Of a group."""
+_OFTEN = 3 << 14
+"""Of 2^16, for a group without any unit to be worth a look of its own."""
 _FURTHER = 16
 """32-bit words for a group that is left open."""
 _LANE_WORDS = 1 << 66
@@ -46,7 +48,8 @@ class PoissonSampler:
     is that sum of 2^-512, so that a group is in each of its states with the product of its units'
     probabilities. So it earns the amplification that accounting claims for Poisson sampling at `rate`.
 
-    Memory: below 4 MB, or 2 bytes a unit where that is more, and eight for each that was drawn.
+    Memory: `AHEAD` for what is drawn, or a quarter of a byte for each unit and eight for each of a step's
+    where that is more; and, while drawing, one to two bytes for each unit of the steps drawn at once.
     """
 
     def __init__(self, units: int, rate: float, key: bytes, *, steps: int = 1) -> None:
@@ -62,7 +65,8 @@ class PoissonSampler:
         """Not above the rate asked for."""
         # An even number, so that a step begins with a whole word of the stream.
         self._groups = -(-units // (2 * _UNITS)) * 2
-        self._at_once = max(1, min(steps, AHEAD // max(_UNITS * self._groups, 1)))
+        per_step = 2 * self._groups + 8 * units * self.rate
+        self._at_once = max(1, min(steps, int(AHEAD // max(per_step, 1))))
         self._first = -1
         self._drawn: list[NDArray[np.int64]] = []
         """Of the steps from `_first` on."""
@@ -79,29 +83,33 @@ class PoissonSampler:
         return self._drawn[step - self._first]
 
     def _draw(self, first: int, steps: int) -> list[NDArray[np.int64]]:
-        table = _table(self._threshold)
-        words = self._groups // 2
+        table, words = _table(self._threshold), self._groups // 2
         word_W: Words = np.empty(steps * words, np.uint32)
         self._stream.fill(word_W, start=first * words)
-        first_SG = word_W.astype("<u4", copy=False).view("<u2")
-        # Flat: groups of all steps. Those left out have no unit in.
-        at_M = np.flatnonzero(first_SG >= table.none) if table.none else np.arange(len(first_SG))
-        first_M = first_SG[at_M]
+        # Flat: the groups of all steps.
+        first_M = word_W.astype("<u4", copy=False).view("<u2")
+        at_M = np.flatnonzero(first_M >= table.none) if table.none else None
+        if at_M is not None:
+            first_M = first_M.take(at_M)
         state_M = table.cells.take(first_M)
         open_O = np.flatnonzero(state_M < 0)
         if len(open_O):
-            further_O8 = self._read_further(first, at_M[open_O] // self._groups)
+            group_O = open_O if at_M is None else at_M[open_O]
+            further_O8 = self._read_further(first, group_O // self._groups)
             state_M[open_O] = table.invert(first_M[open_O], further_O8)
-        bit_B = np.flatnonzero(np.unpackbits(state_M.astype(np.uint8), bitorder="little"))
-        unit_B = _UNITS * at_M[bit_B // _UNITS] + bit_B % _UNITS
-        width = _UNITS * self._groups
-        end_S = np.searchsorted(unit_B, np.arange(1, steps + 1) * width)
-        unit_B -= np.repeat(np.arange(steps) * width, np.diff(end_S, prepend=0))
-        drawn = [unit_B[start:end] for start, end in itertools.pairwise([0, *end_S.tolist()])]
-        if self._units == width:
-            return drawn
+        is_in_M8 = np.unpackbits(state_M.astype(np.uint8), bitorder="little").view(np.bool_)
+        unit_B = np.flatnonzero(is_in_M8)
+        if at_M is not None:
+            unit_B = (at_M.take(unit_B >> 3) << 3) + (unit_B & 7)
         # A step's last groups are not full.
-        return [unit_B[: np.searchsorted(unit_B, self._units)] for unit_B in drawn]
+        width = _UNITS * self._groups
+        begin_S = range(0, steps * width, width)
+        limits_2S = [*begin_S, *(begin + self._units for begin in begin_S)]
+        start_end_2S = np.searchsorted(unit_B, limits_2S).tolist()
+        return [
+            unit_B[start:end] - begin
+            for begin, start, end in zip(begin_S, start_end_2S[:steps], start_end_2S[steps:], strict=True)
+        ]
 
     def _read_further(self, first: int, step_O: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Eight 64-bit numbers for each group that was left open, given whose step it is."""
@@ -128,7 +136,7 @@ class _Table:
     cells: NDArray[np.int16]
     """The state by the first 16 bits, or -1 where there is a step with these first 16 bits."""
     none: int
-    """First 16 bits below it say that no unit is in."""
+    """First 16 bits below it say that no unit is in; 0 where that is too seldom to be looked at first."""
 
     def invert(self, first_O: NDArray[np.uint16], further_O8: NDArray[np.uint64]) -> NDArray[np.int16]:
         """The last state whose step is at most the 512 bits."""
@@ -156,4 +164,4 @@ def _table(threshold: int) -> _Table:
     cells = in_order[np.searchsorted(top, np.arange(1 << 16), side="right") - 1]
     # A step at the very beginning of a cell leaves nothing open.
     cells[[cell for cell, step in zip(top.tolist(), steps, strict=True) if step != cell << 496]] = -1
-    return _Table(steps, high, in_order, cells, int(top[1]))
+    return _Table(steps, high, in_order, cells, none=int(top[1]) if top[1] > _OFTEN else 0)

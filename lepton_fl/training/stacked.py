@@ -20,6 +20,7 @@ from torch.nn import functional
 from lepton_fl.errors import ConfigError
 from lepton_fl.tasks.arrays import Arrays, arrays_of, flatten, unflatten
 from lepton_fl.tasks.task import TaskSpec
+from lepton_fl.training import noising, sampling
 from lepton_fl.training.bookkeeping import clip_weights, norms
 from lepton_fl.training.layers import Explicit, Factor, Outer, Tape
 from lepton_fl.training.local import LocalPlan, LocalUpdate, Trainable, inner_optimizer, train_locally
@@ -50,6 +51,8 @@ _PER_PARAMETER = 64
 """Bytes that a parameter of a site takes at most: itself, gradient, sum, integer, noise, Adam's moments."""
 _PER_ACTIVATION = 24
 """Bytes that a record's number in or out of a layer takes at most: itself, its gradient, both in float64."""
+_PER_SITE = 4 * noising.AHEAD + sampling.AHEAD
+"""Bytes of what is drawn for steps to come, at most, where parameters and units are few."""
 
 
 class Unstackable(Exception):
@@ -307,7 +310,7 @@ def train_together(
 def _sites_at_once(stacked: Stacked, parts: Sequence[Part], plan: LocalPlan, memory: int) -> int:
     """How many of the first parts fit, by half of the memory each for parameters and records."""
     room = memory // 2
-    most = max(1, min(len(parts), SITES, room // (_PER_PARAMETER * stacked.size)))
+    most = max(1, min(len(parts), SITES, room // (_PER_PARAMETER * stacked.size + _PER_SITE)))
     each = _PER_ACTIVATION * stacked.numbers
     # Units can be taken a few at a time, so this is for speed.
     while most > 1 and most * parts[most - 1].expected(plan.sample_rate) * each > room:
@@ -322,7 +325,8 @@ def check_memory(stacked: Stacked, parts: Sequence[Part], memory: int) -> None:
         ConfigError: the first by name does not.
     """
     for part in parts:
-        needed = 2 * max(_PER_PARAMETER * stacked.size, _PER_ACTIVATION * stacked.numbers * part.longest)
+        kept = _PER_PARAMETER * stacked.size + _PER_SITE
+        needed = 2 * max(kept, _PER_ACTIVATION * stacked.numbers * part.longest)
         if needed > memory:
             raise ConfigError.at(
                 "command line",
