@@ -28,6 +28,8 @@ from lepton_fl.secagg.masks import Keystream, Words
 AHEAD = 1 << 19
 """Bytes of stream and of indices, about, that are drawn at once; a step that needs more comes by itself."""
 
+_ARRAY = 256
+"""Bytes of an array of none, and of what finds it."""
 _WHOLE = 1 << 64
 _UNITS = 8
 """Of a group."""
@@ -65,8 +67,8 @@ class PoissonSampler:
         """Not above the rate asked for."""
         # An even number, so that a step begins with a whole word of the stream.
         self._groups = -(-units // (2 * _UNITS)) * 2
-        per_step = 2 * self._groups + 8 * units * self.rate
-        self._at_once = max(1, min(steps, int(AHEAD // max(per_step, 1))))
+        per_step = _ARRAY + 2 * self._groups + 8 * units * self.rate
+        self._at_once = max(1, min(steps, int(AHEAD // per_step)))
         self._first = -1
         self._drawn: list[NDArray[np.int64]] = []
         """Of the steps from `_first` on."""

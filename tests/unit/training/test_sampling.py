@@ -1,5 +1,6 @@
 """Poisson sampling from a stream: the law that amplification is claimed for."""
 
+import tracemalloc
 from bisect import bisect_right
 from itertools import accumulate, pairwise
 
@@ -217,6 +218,21 @@ def test_the_extremes(units):
         sampler = PoissonSampler(units, rate, KEY, steps=3000)
         assert all(np.array_equal(sampler.draw(step), of_all) for step in range(3000))
         assert sampler.draw(0).dtype == np.int64
+
+
+@pytest.mark.parametrize(("units", "rate"), [(10, 0.1), (1000, 0.001), (20_000, 0.5), (100_000, 0.9)])
+def test_memory_is_bounded_however_many_steps(units, rate):
+    sampling._table(int(rate * 2**64))
+    sampler = PoissonSampler(units, rate, KEY, steps=1_000_000)
+    tracemalloc.start()
+    try:
+        sampler.draw(0)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert held < sampling.AHEAD + 8 * units
+    assert peak < 4 << 20
 
 
 def test_a_large_table_is_drawn_at_once():
