@@ -21,7 +21,8 @@ from lepton_fl.audit.subject import BATCH, Records, gradient, lattice_for, linea
 from lepton_fl.errors import LeptonError
 from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.tasks import arrays_of
-from lepton_fl.training import SimulationNoise, local
+from lepton_fl.training import SimulationNoise
+from lepton_fl.training.noising import Noising
 
 CLIP = 0.5
 _FEATURES, _UNITS, _MANY = 64, 30, 300
@@ -60,7 +61,7 @@ def check_sensitivity(seed: int, *, full: bool) -> Iterator[Finding]:
     own = lattice_for(linear(_FEATURES), clip=CLIP, noise_multiplier=1.0)
     yield _rounded(
         "a site's own sum",
-        lambda sum_L: local.noised(sum_L / own.scale, own, noise, "step 0", 1) * own.scale,
+        lambda sum_L: Noising(own, len(sum_L), [noise], 1, steps=1)(sum_L[None] / own.scale)[0] * own.scale,
         tries,
         rng,
     )

@@ -24,6 +24,7 @@ K = keys, T = draws of one tile, O = those of them that their first 16 bits left
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -46,13 +47,14 @@ _CUT = 13
 """Standard deviations at which a table ends."""
 _PRECISION = 256
 """Bits after the point in which a table's weights are computed."""
-_OPEN = np.iinfo(np.int16).min
+_OPEN = 1 << 14
+"""Added, in a table's cells, to the value before the first step inside; over twice the largest value."""
 _NEXT = np.uint64((1 << 48) - 1)
-_TILE = 1 << 16
+_TILE = 1 << 17
 _LANE_WORDS = 1 << 66
 
 
-def sample(sigma: float, count: int, *, key: bytes) -> NDArray[np.int64]:
+def sample(sigma: float, count: int, *, key: bytes) -> NDArray[np.int32]:
     """`count` independent draws of the centred discrete Gaussian with the parameter `sigma`.
 
     `key` is 32 bytes from os.urandom, used for this call alone and then forgotten: who knows it knows the
@@ -69,7 +71,7 @@ def sample(sigma: float, count: int, *, key: bytes) -> NDArray[np.int64]:
     of them; who shares the processor's caches may learn which parts of the tables were read, and so
     something of single draws. Run it where no stranger shares the core.
 
-    Memory: the result, and below 4 MB whatever the count.
+    Every draw is below 2^28 in size. Memory: the result, and below 4 MB whatever the count.
 
     Raises:
         ValueError: sigma is not in SMALLEST ... LARGEST, the count is negative or the key not 32 bytes.
@@ -77,7 +79,7 @@ def sample(sigma: float, count: int, *, key: bytes) -> NDArray[np.int64]:
     return samples(sigma, count, keys=[key]).reshape(-1)
 
 
-def samples(sigma: float, count: int, *, keys: Sequence[bytes]) -> NDArray[np.int64]:
+def samples(sigma: float, count: int, *, keys: Sequence[bytes]) -> NDArray[np.int32]:
     """For each of `keys` what `sample` draws under it, as rows; all together, which is faster.
 
     Raises:
@@ -90,19 +92,19 @@ def samples(sigma: float, count: int, *, keys: Sequence[bytes]) -> NDArray[np.in
             raise ValueError(f"a key for noise is {masks.KEY_BYTES} bytes, not {len(key)}")
     m, variances = _levels(sigma)
     tables = [_table(variance) for variance in variances]
-    drawn: NDArray[np.int64] = np.empty((len(keys), count), np.int64)
+    # int32: the largest |x| is below 16 LARGEST = 2^28.
+    drawn: NDArray[np.int32] = np.empty((len(keys), count), np.int32)
     at_once = max(1, _TILE // max(count, 1))
     for first in range(0, len(keys), at_once):
         streams = [masks.Keystream(key) for key in keys[first : first + at_once]]
         levels = [_Level(table, streams, lane) for lane, table in enumerate(tables)]
         for at in range(0, count, _TILE):
             size = min(_TILE, count - at)
-            # int32: the largest |x| is below 16 LARGEST = 2^28.
-            sum_KT = levels[-1].draw(size).astype(np.int32)
+            sum_KT = drawn[first : first + at_once, at : at + size]
+            sum_KT[:] = levels[-1].draw(size)
             for level in reversed(levels[:-1]):
                 sum_KT *= m
                 sum_KT += level.draw(size)
-            drawn[first : first + at_once, at : at + size] = sum_KT
     return drawn
 
 
@@ -146,17 +148,27 @@ class _Table:
     steps: list[int]
     """P(x < k) in units of 2^-128, rounded down, for k = -K ... K: it begins with 0."""
     high: NDArray[np.uint64]
-    """Their upper 64 bits."""
+    """Their upper 64 bits, and one that is above all of them."""
     cells: NDArray[np.int16]
-    """The value by the first 16 bits, or _OPEN where there is a step with these first 16 bits."""
+    """The value by the first 16 bits; where there is a step with these bits, the one before it + _OPEN."""
 
-    def invert(self, high_O: NDArray[np.uint64], low_O: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The largest value whose step is at most the 128 bits."""
-        index_O = np.searchsorted(self.high, high_O, side="right") - 1
-        # Where 64 bits are a step's own, the other 64 tell.
-        for i in np.flatnonzero(self.high[index_O] == high_O):
-            index_O[i] = bisect_right(self.steps, int(high_O[i]) << 64 | int(low_O[i])) - 1
-        return index_O - len(self.steps) // 2
+    def invert(
+        self, cell_O: NDArray[np.int16], high_O: NDArray[np.uint64], low_O: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
+        """The largest value whose step is at most the 128 bits, of which an open cell has the first 16."""
+        zero = len(self.steps) // 2
+        # Of the first step inside; nearly always it is the only one.
+        index_O = np.add(cell_O, zero + 1 - _OPEN, dtype=np.int64)
+        index_O += self.high.take(index_O) < high_O
+        rest_R = np.flatnonzero(self.high.take(index_O) <= high_O)
+        if len(rest_R):
+            high_R = high_O[rest_R]
+            index_R = np.searchsorted(self.high, high_R, side="right")
+            # Where 64 bits are a step's own, the other 64 tell.
+            for i in np.flatnonzero(self.high[index_R - 1] == high_R):
+                index_R[i] = bisect_right(self.steps, int(high_R[i]) << 64 | int(low_O[rest_R[i]]))
+            index_O[rest_R] = index_R
+        return index_O - (zero + 1)
 
 
 class _Level:
@@ -175,25 +187,23 @@ class _Level:
         for stream, row_T in zip(self._streams, word_KT, strict=True):
             stream.fill(row_T, start=self._first)
         self._first += words
-        first_KT = word_KT.astype("<u4", copy=False).view("<u2")[:, :count]
-        value_KT = self._table.cells.take(first_KT)
         # Flat: numpy takes several times as long to find places in two dimensions.
-        at_O = np.flatnonzero(value_KT == _OPEN)
-        key_O, draw_O = np.divmod(at_O, max(count, 1))
-        further_O2 = self._read_further(np.bincount(key_O, minlength=len(self._streams)).tolist())
-        next_O, low_O = further_O2[:, 0] & _NEXT, further_O2[:, 1]
-        high_O = first_KT[key_O, draw_O].astype(np.uint64) << np.uint64(48) | next_O
-        value_KT[key_O, draw_O] = self._table.invert(high_O, low_O)
-        return value_KT
+        first_T = word_KT.reshape(-1).astype("<u4", copy=False).view("<u2")
+        value_T = self._table.cells.take(first_T)
+        at_O = np.flatnonzero(value_T >= _OPEN // 2)
+        end_K = np.searchsorted(at_O, 2 * words * np.arange(1, len(self._streams) + 1)).tolist()
+        further_O2 = self._read_further(end_K)
+        high_O = first_T.take(at_O).astype(np.uint64) << np.uint64(48) | further_O2[:, 0] & _NEXT
+        value_T[at_O] = self._table.invert(value_T.take(at_O), high_O, further_O2[:, 1])
+        return value_T.reshape(len(self._streams), -1)[:, :count]
 
-    def _read_further(self, open_K: list[int]) -> NDArray[np.uint64]:
-        """A block, as two halves, for each draw that was left open: key after key."""
-        word_W: masks.Words = np.empty(4 * sum(open_K), np.uint32)
-        at = 0
-        for key, count in enumerate(open_K):
-            self._streams[key].fill(word_W[at : at + 4 * count], start=self._further[key])
-            self._further[key] += 4 * count
-            at += 4 * count
+    def _read_further(self, end_K: list[int]) -> NDArray[np.uint64]:
+        """A block, as two halves, for each draw that was left open: key after key, to their ends."""
+        word_W: masks.Words = np.empty(4 * end_K[-1], np.uint32)
+        for key, (at, end) in enumerate(itertools.pairwise([0, *end_K])):
+            if end > at:
+                self._streams[key].fill(word_W[4 * at : 4 * end], start=self._further[key])
+                self._further[key] += 4 * (end - at)
         return word_W.astype("<u4", copy=False).view("<u8").reshape(-1, 2)
 
 
@@ -242,5 +252,5 @@ def _table(variance: Fraction) -> _Table:
     top = (high >> np.uint64(48)).astype(np.int64)
     values = np.searchsorted(top, np.arange(1 << 16), side="right") - len(half)
     cells = values.astype(np.int16)
-    cells[top] = _OPEN
-    return _Table(steps, high, cells)
+    cells[top[::-1]] = np.arange(len(steps))[::-1] - len(half) + _OPEN
+    return _Table(steps, np.append(high, np.uint64((1 << 64) - 1)), cells)

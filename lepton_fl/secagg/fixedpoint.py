@@ -107,15 +107,19 @@ class Quantiser:
             BadReply: a coordinate is not finite, or the weight is not a whole number in 1 ... max_weight.
             ValueError: the vector is not one-dimensional float32 or float64.
         """
-        encoded_1L = self.encode_each(vector_L[np.newaxis], weight=weight, rounding_keys=[rounding_key])
+        encoded_1L = self.encode_each(vector_L[np.newaxis], weight=weight, rounding=[Keystream(rounding_key)])
         return encoded_1L.reshape(-1)
 
-    def encode_each(self, vector_KL: Update, *, weight: int, rounding_keys: Sequence[bytes]) -> Words:
-        """Rows as `encode` encodes each of them under its key; all together, which is faster.
+    def encode_each(
+        self, vector_KL: Update, *, weight: int, rounding: Sequence[Keystream], start: int = 0
+    ) -> Words:
+        """Rows as `encode` encodes each of them, by the words from `start` on of its stream.
+
+        A word of a stream is for one coordinate of one update, ever.
 
         Raises:
             BadReply: as `encode`.
-            ValueError: as `encode`.
+            ValueError: as `encode`; or `start` is negative.
         """
         if vector_KL.dtype not in (np.float32, np.float64) or vector_KL.ndim != 2:
             raise ValueError(
@@ -126,7 +130,6 @@ class Quantiser:
         bound = float(Fraction(self.half * weight, self.max_weight))
         scale = float(Fraction(self.half * weight) / (Fraction(self.clip) * self.max_weight))
         rows, coordinates = vector_KL.shape
-        streams = [Keystream(key) for key in rounding_keys]
         encoded_KL: Words = np.empty((rows, coordinates), np.uint32)
         at_once = max(1, _TILE // max(coordinates, 1))
         for first in range(0, rows, at_once):
@@ -135,14 +138,18 @@ class Quantiser:
                 part_KT = vector_KL[row, at : at + _TILE]
                 if not np.isfinite(part_KT).all():
                     raise BadReply("an update has a coordinate that is not finite")
-                exact_KT = np.clip(part_KT * np.float64(scale), -bound, bound)
+                exact_KT = np.multiply(part_KT, scale, dtype=np.float64)
+                np.clip(exact_KT, -bound, bound, out=exact_KT)
                 below_KT = np.floor(exact_KT)
                 word_KT = np.empty(part_KT.shape, np.uint32)
-                for stream, word_T in zip(streams[row], word_KT, strict=True):
-                    stream.fill(word_T, start=at)
+                for stream, word_T in zip(rounding[row], word_KT, strict=True):
+                    stream.fill(word_T, start=start + at)
                 # floor(v + u), in an order that rounds nothing: adding u first would push 2^26 - 1 + u up.
-                up_KT = word_KT < (exact_KT - below_KT) * 2.0**32
-                encoded_KL[row, at : at + _TILE] = (below_KT.astype(np.int32) + up_KT).view(np.uint32)
+                exact_KT -= below_KT
+                exact_KT *= 2.0**32
+                integer_KT = encoded_KL[row, at : at + _TILE].view(np.int32)
+                integer_KT[:] = below_KT
+                integer_KT += word_KT < exact_KT
         return encoded_KL
 
     def decode(self, sum_L: Words, *, n: int, total_weight: int) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ TILE = 1 << 15
 
 _WORD = 4
 _BLOCK = 16
-_ZEROS = bytes(_WORD * TILE)
+_ZEROS = memoryview(bytes(_WORD * TILE))
 
 
 def apply(
@@ -89,9 +89,11 @@ class Keystream:
             ValueError: `start` is negative.
         """
         _seek(self._cipher, start)
-        for at in range(0, len(out_L), TILE):
-            part_T = out_L[at : at + TILE]
-            self._cipher.update_into(memoryview(_ZEROS)[: part_T.nbytes], part_T.view(np.uint8).data)
+        # A view of numpy's would take longer than a short part does; one of no bytes cannot be cast.
+        out = out_L.data.cast("B") if len(out_L) else memoryview(b"")
+        for at in range(0, len(out), len(_ZEROS)):
+            part = out[at : at + len(_ZEROS)]
+            self._cipher.update_into(_ZEROS[: len(part)], part)
         if sys.byteorder == "big":
             out_L.byteswap(inplace=True)
 

@@ -177,9 +177,17 @@ class ClippedSum:
     """Records so far whose gradient is not finite, and so counts as zero. For the site's own eyes."""
 
     def __call__(
-        self, x_NF: Tensor, y_N: Tensor, index_B: Tensor, owner_B: Tensor, weight_B: Tensor, units: int
+        self,
+        x_NF: Tensor,
+        y_N: Tensor,
+        index_B: Tensor,
+        owner_B: Tensor | None,
+        weight_B: Tensor | None,
+        units: int,
     ) -> Tensor:
         """The sum [L] over so many units; record index_B[b] is of unit owner_B[b] (ascending).
+
+        Without owners record b is the only one of unit b; without weights all weigh 1.
 
         **Formal guarantee.** One more unit moves it by at most clip * (1 + slack) in L2 norm, whatever its
         records and the parameters (docs/accounting.md). A unit's gradient is the weighted sum over its
@@ -189,9 +197,9 @@ class ClippedSum:
         """
         sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
         rows = self.bookkeeper.rows
+        weight_B = torch.ones(len(index_B)) if weight_B is None else weight_B
         with self.bookkeeper.recording():
-            if torch.equal(owner_B, torch.arange(units)):
-                # One record each, the common case.
+            if owner_B is None:
                 for index_C, weight_C in zip(index_B.split(rows), weight_B.split(rows), strict=True):
                     self._add(sum_L, x_NF[index_C], y_N[index_C], weight_C, None)
                 return sum_L

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.privacy.accounting import DiscreteGaussian
-from lepton_fl.privacy.discrete_gaussian import sample
 from lepton_fl.privacy.guarantee import Guarantee
 from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
@@ -31,6 +30,7 @@ from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec
 from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, flattened, lacks_memory
 from lepton_fl.training.noise import Noise, drawing
+from lepton_fl.training.noising import Noising
 from lepton_fl.training.sampling import PoissonSampler
 from lepton_fl.training.units import RecordsOfUnits
 
@@ -168,21 +168,34 @@ def train_locally(
     with _enough_memory("the trial of the model, on one block of the study's size"):
         bookkeeper = _bookkeeper(model, task, ready, plan)
     clipped = ClippedSum(bookkeeper, plan.clip)
-    sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
+    sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round), steps=plan.steps)
+    noising = None
+    if plan.lattice is not None:
+        noising = Noising(plan.lattice, bookkeeper.size, [noise], round, steps=plan.steps)
     flat_L = flattened(model)
-    optimizer = _LatticeOptimizer(flat_L, plan, noise, round)
+    optimizer = _LatticeOptimizer(flat_L, plan, noising)
     if plan.proximal_mu:
         optimizer.attach_step_hook(_pull(flat_L, plan.proximal_mu))
     taken = 0
     needed = f"a step: a block of {bookkeeper.rows} records takes about {1 + (bookkeeper.memory >> 20)} MiB"
-    with _enough_memory(needed), bookkeeper.recording(), drawing(noise.key("masks", round)):
-        for step in range(plan.steps):
-            sampled = torch.from_numpy(sampler.draw(step))
-            index_B, owner_B, weight_B = ready.records.of(sampled, noise.key(f"records step {step}", round))
-            sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled))
-            optimizer.sum_L = sum_L.numpy()
-            optimizer.step()
-            taken += 1
+    owner_B: Tensor | None
+    weight_B: Tensor | None
+    try:
+        with _enough_memory(needed), bookkeeper.recording(), drawing(noise.key("masks", round)):
+            for step in range(plan.steps):
+                sampled_S = sampler.draw(step)
+                if ready.records.one_each:
+                    index_B, owner_B, weight_B = torch.from_numpy(ready.records.only(sampled_S)), None, None
+                else:
+                    key = noise.key(f"records step {step}", round)
+                    index_B, owner_B, weight_B = ready.records.of(torch.from_numpy(sampled_S), key)
+                sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled_S))
+                optimizer.sum_L = sum_L.numpy()
+                optimizer.step()
+                taken += 1
+    finally:
+        if noising is not None:
+            noising.forget()
     if plan.gradient_only:
         delta = unflatten(-optimizer.mean_L, arrays)
     else:
@@ -194,7 +207,7 @@ def train_locally(
         steps=taken,
         sampling_rate=sampler.rate,
         clip=clipped.clip,
-        lattice=optimizer.lattice,
+        lattice=noising.lattice if noising is not None else None,
         not_finite=clipped.not_finite,
     )
 
@@ -263,7 +276,7 @@ def _enough_memory(what: str) -> Iterator[None]:
 class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
     """Opacus's optimizer for sums that are clipped already, with noise on integers."""
 
-    def __init__(self, flat_L: nn.Parameter, plan: LocalPlan, noise: Noise, round: int) -> None:
+    def __init__(self, flat_L: nn.Parameter, plan: LocalPlan, noising: Noising | None) -> None:
         super().__init__(
             inner_optimizer([flat_L], plan),
             noise_multiplier=0.0,
@@ -271,12 +284,11 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
             expected_batch_size=plan.expected_batch,
             loss_reduction="mean",
         )
-        self.lattice = plan.lattice
+        self.noising = noising
         self.sum_L: NDArray[np.float64] = np.empty(0)
         """The next step's clipped sum."""
         self._noised_L: NDArray[np.float64] = np.empty(0)
-        self._flat_L, self._noise, self._round = flat_L, noise, round
-        self._steps = 0
+        self._flat_L = flat_L
 
     @property
     def mean_L(self) -> NDArray[np.float64]:
@@ -290,24 +302,10 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
     def add_noise(self) -> None:
         """Turn the sum into integers, add the noise to them, and go on with what they stand for."""
         sum_L, self.sum_L = self.sum_L, np.empty(0)
-        if self.lattice is not None:
-            sum_L = noised(sum_L, self.lattice, self._noise, f"step {self._steps}", self._round)
-        self._steps += 1
+        if self.noising is not None:
+            sum_L = self.noising(sum_L[np.newaxis])[0]
         self._noised_L = sum_L
         self._flat_L.grad = torch.from_numpy(sum_L).to(self._flat_L.dtype)
-
-
-def noised(
-    sum_L: NDArray[np.float64], lattice: Lattice, noise: Noise, purpose: str, round: int
-) -> NDArray[np.float64]:
-    """A sum of clipped gradients as a multiple of 1 / scale, with one discrete Gaussian share on it.
-
-    What the integers stand for is exact in float64; what is computed from it costs no privacy.
-    """
-    quantiser = lattice.quantiser()
-    words_L = quantiser.encode(sum_L, weight=1, rounding_key=noise.key(f"rounding {purpose}", round))
-    drawn_L = sample(lattice.share, len(words_L), key=noise.key(f"noise {purpose}", round))
-    return (words_L.view(np.int32) + drawn_L) / lattice.scale
 
 
 def inner_optimizer(parameters: Iterable[nn.Parameter], plan: LocalPlan) -> torch.optim.Optimizer:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.privacy.discrete_gaussian import samples
-from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.tasks.arrays import Arrays, arrays_of, flatten, unflatten
 from lepton_fl.tasks.task import TaskSpec
+from lepton_fl.training import noising, sampling
 from lepton_fl.training.bookkeeping import clip_weights, norms
 from lepton_fl.training.layers import Explicit, Factor, Outer, Tape
 from lepton_fl.training.local import LocalPlan, LocalUpdate, Trainable, inner_optimizer, train_locally
 from lepton_fl.training.noise import Noise, SimulationNoise
+from lepton_fl.training.noising import Noising
 from lepton_fl.training.sampling import PoissonSampler
 from lepton_fl.training.units import RecordsOfUnits
 
@@ -51,6 +51,8 @@ _PER_PARAMETER = 64
 """Bytes that a parameter of a site takes at most: itself, gradient, sum, integer, noise, Adam's moments."""
 _PER_ACTIVATION = 24
 """Bytes that a record's number in or out of a layer takes at most: itself, its gradient, both in float64."""
+_PER_SITE = 4 * noising.AHEAD + sampling.AHEAD
+"""Bytes of what is drawn for steps to come, at most, where parameters and units are few."""
 
 
 class Unstackable(Exception):
@@ -297,14 +299,18 @@ def train_together(
         count = _sites_at_once(stacked, [parts[k] for k in order], plan, memory)
         chunk, order = order[:count], order[count:]
         chunk_parts = [parts[k] for k in chunk]
-        found |= zip(chunk, _Chunk(stacked, arrays, chunk_parts, plan, round, memory).train(), strict=True)
+        chunk_of = _Chunk(stacked, arrays, chunk_parts, plan, round, memory)
+        try:
+            found |= zip(chunk, chunk_of.train(), strict=True)
+        finally:
+            chunk_of.forget()
     return [found[k] for k in range(len(parts))]
 
 
 def _sites_at_once(stacked: Stacked, parts: Sequence[Part], plan: LocalPlan, memory: int) -> int:
     """How many of the first parts fit, by half of the memory each for parameters and records."""
     room = memory // 2
-    most = max(1, min(len(parts), SITES, room // (_PER_PARAMETER * stacked.size)))
+    most = max(1, min(len(parts), SITES, room // (_PER_PARAMETER * stacked.size + _PER_SITE)))
     each = _PER_ACTIVATION * stacked.numbers
     # Units can be taken a few at a time, so this is for speed.
     while most > 1 and most * parts[most - 1].expected(plan.sample_rate) * each > room:
@@ -319,7 +325,8 @@ def check_memory(stacked: Stacked, parts: Sequence[Part], memory: int) -> None:
         ConfigError: the first by name does not.
     """
     for part in parts:
-        needed = 2 * max(_PER_PARAMETER * stacked.size, _PER_ACTIVATION * stacked.numbers * part.longest)
+        kept = _PER_PARAMETER * stacked.size + _PER_SITE
+        needed = 2 * max(kept, _PER_ACTIVATION * stacked.numbers * part.longest)
         if needed > memory:
             raise ConfigError.at(
                 "command line",
@@ -349,9 +356,15 @@ class _Chunk:
         self._stacked, self._arrays, self._parts = stacked, arrays, parts
         self._plan, self._round, self._memory = plan, round, memory
         self._samplers = [
-            PoissonSampler(part.table.units, plan.sample_rate, part.noise.key("sample", round))
+            PoissonSampler(
+                part.table.units, plan.sample_rate, part.noise.key("sample", round), steps=plan.steps
+            )
             for part in parts
         ]
+        self._noising = None
+        if plan.lattice is not None:
+            noises = [part.noise for part in parts]
+            self._noising = Noising(plan.lattice, stacked.size, noises, round, steps=plan.steps)
         self._not_finite = np.zeros(len(parts), np.int64)
 
     def train(self) -> list[LocalUpdate]:
@@ -367,8 +380,8 @@ class _Chunk:
         for step in range(plan.steps):
             stacked.flat = flat
             sum_KL = self._clipped_sums(step)
-            if plan.lattice is not None:
-                sum_KL = self._noised(sum_KL, plan.lattice, step)
+            if self._noising is not None:
+                sum_KL = self._noising(sum_KL)
             taken += 1
             if alike:
                 break
@@ -387,11 +400,16 @@ class _Chunk:
                 steps=taken,
                 sampling_rate=sampler.rate,
                 clip=plan.clip,
-                lattice=plan.lattice,
+                lattice=self._noising.lattice if self._noising is not None else None,
                 not_finite=int(not_finite),
             )
             for delta_L, sampler, not_finite in zip(delta_KL, self._samplers, self._not_finite, strict=True)
         ]
+
+    def forget(self) -> None:
+        """Drop the noise of steps that were not taken."""
+        if self._noising is not None:
+            self._noising.forget()
 
     def _clipped_sums(self, step: int) -> NDArray[np.float64]:
         sum_KL = torch.zeros((len(self._parts), self._stacked.size), dtype=torch.float64)
@@ -471,14 +489,3 @@ class _Chunk:
             weight_KSR[k, owner_B, within_B] = weight_B
         x_KBF, y_KB = x_KSRF.reshape(len(x_KSRF), -1, features), y_KSR.reshape(len(y_KSR), -1)
         return torch.from_numpy(x_KBF), torch.from_numpy(y_KB), torch.from_numpy(weight_KSR)
-
-    def _noised(self, sum_KL: NDArray[np.float64], lattice: Lattice, step: int) -> NDArray[np.float64]:
-        """As `noised`, for each site under its own keys."""
-        noises, round = [part.noise for part in self._parts], self._round
-        word_KL = lattice.quantiser().encode_each(
-            sum_KL, weight=1, rounding_keys=[noise.key(f"rounding step {step}", round) for noise in noises]
-        )
-        keys = [noise.key(f"noise step {step}", round) for noise in noises]
-        drawn_KL = samples(lattice.share, word_KL.shape[1], keys=keys)
-        drawn_KL += word_KL.view(np.int32)
-        return drawn_KL / lattice.scale

@@ -34,6 +34,7 @@ class RecordsOfUnits:
         counts_U = np.bincount(unit_N, minlength=units)
         self.one_each = bool((counts_U == 1).all())
         """Each unit has one record."""
+        self._in_order = self.one_each and bool((order == np.arange(units)).all())
         self._count_U = torch.from_numpy(counts_U)
         self._start_U = torch.from_numpy(np.concatenate([[0], np.cumsum(counts_U)[:-1]]))
         self._most = most if most is not None and bool((counts_U > most).any()) else None
@@ -63,7 +64,7 @@ class RecordsOfUnits:
 
     def only(self, unit_S: NDArray[np.int64]) -> NDArray[np.int64]:
         """The one record of each of the sampled units [S], of a table where `one_each`."""
-        return self._order[unit_S]
+        return unit_S if self._in_order else self._order[unit_S]
 
     def _drawn(
         self,

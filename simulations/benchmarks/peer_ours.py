@@ -157,7 +157,7 @@ class Epoch:
     """Batches of a table by our sampler, as training draws them."""
 
     def __init__(self, rows: int, features: int, batch: int) -> None:
-        self.x_NF, self.y_N = torch.rand(rows, features), torch.rand(rows)
+        self.x_NF, self.y_N = (torch.rand(shape).numpy() for shape in ((rows, features), (rows,)))
         self.records = RecordsOfUnits(np.arange(rows), rows)
         self.rows, self.rate = rows, batch / rows
         self.noise = UnseededNoise()
@@ -165,11 +165,11 @@ class Epoch:
 
     def __call__(self, epochs: int) -> None:
         for _ in range(epochs):
-            sampler = PoissonSampler(self.rows, self.rate, self.noise.key("sample"))
-            key = self.noise.key("records")
-            for step in range(math.ceil(1 / self.rate)):
-                index_B, _, _ = self.records.of(torch.from_numpy(sampler.draw(step)), key)
-                x_BF, _ = self.x_NF[index_B], self.y_N[index_B]
+            steps = math.ceil(1 / self.rate)
+            sampler = PoissonSampler(self.rows, self.rate, self.noise.key("sample"), steps=steps)
+            for step in range(steps):
+                index_B = self.records.only(sampler.draw(step))
+                x_BF, _ = (torch.from_numpy(z.take(index_B, axis=0)) for z in (self.x_NF, self.y_N))
                 self.sampled += len(x_BF)
                 self.steps += 1
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-import torch
 
 from lepton_fl.audit import CHECKS, audit
 from lepton_fl.errors import PolicyRefused
 from lepton_fl.privacy import AnyLedger
 from lepton_fl.privacy.discrete_gaussian import sample
 from lepton_fl.secagg.fixedpoint import Quantiser
+from lepton_fl.secagg.masks import Keystream
 from lepton_fl.site import secure
-from lepton_fl.training import local
+from lepton_fl.training import local, noising
 from lepton_fl.training.bookkeeping import ClippedSum, norms
+from lepton_fl.training.noising import Noising
 from lepton_fl.training.sampling import PoissonSampler
 
 
@@ -33,11 +34,12 @@ class Fault:
     """How the finding's property begins."""
 
 
-def noise_times(factor, where=local):
+def noise_times(factor, where=noising, name="samples"):
     """The discrete Gaussian of another deviation."""
 
     def plant(patch):
-        patch.setattr(where, "sample", lambda sigma, count, *, key: sample(factor * sigma, count, key=key))
+        drawn = getattr(where, name)
+        patch.setattr(where, name, lambda sigma, *count, **key: drawn(factor * sigma, *count, **key))
 
     return plant
 
@@ -45,21 +47,27 @@ def noise_times(factor, where=local):
 def float_noise(factor):
     """Exact sums, decoded, with normal noise on them."""
 
-    def noised(sum_L, lattice, noise, purpose, round):
-        rng = np.random.default_rng(list(noise.key(purpose, round)))
-        noise.key(f"rounding {purpose}", round)
-        return sum_L + rng.normal(scale=factor * lattice.share / lattice.scale, size=len(sum_L))
+    class Noised(Noising):
+        def __call__(self, sum_KL):
+            (noise,) = self._noises
+            self._taken += 1
+            rng = np.random.default_rng(list(noise.key(f"noise from step {self._taken}", self._round)))
+            return sum_KL + rng.normal(
+                scale=factor * self.lattice.share / self.lattice.scale, size=sum_KL.shape
+            )
 
-    return lambda patch: patch.setattr(local, "noised", noised)
+    return lambda patch: patch.setattr(local, "Noising", Noised)
 
 
 def one_key_for_noise_and_rounding(patch):
-    def noised(sum_L, lattice, noise, purpose, round):
-        key = noise.key(f"noise {purpose}", round)
-        words_L = lattice.quantiser().encode(sum_L, weight=1, rounding_key=key)
-        return (words_L.view(np.int32) + sample(lattice.share, len(words_L), key=key)) / lattice.scale
+    class Noised(Noising):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._rounding = [
+                Keystream(noise.key("noise from step 0", self._round)) for noise in self._noises
+            ]
 
-    patch.setattr(local, "noised", noised)
+    patch.setattr(local, "Noising", Noised)
 
 
 def one_key_for_share_and_rounding(patch):
@@ -74,16 +82,18 @@ def one_key_for_share_and_rounding(patch):
 
 
 def the_same_noise_each_round(patch):
-    patch.setattr(local, "sample", lambda sigma, count, *, key: sample(sigma, count, key=bytes(32)))
+    drawn = noising.samples
+    patch.setattr(
+        noising, "samples", lambda sigma, count, *, keys: drawn(sigma, count, keys=[bytes(32)] * len(keys))
+    )
 
 
 def noise_in_the_first_step_only(patch):
-    noised = local.noised
+    class Noised(Noising):
+        def __call__(self, sum_KL):
+            return sum_KL if self._taken else super().__call__(sum_KL)
 
-    def first(sum_L, lattice, noise, purpose, round):
-        return noised(sum_L, lattice, noise, purpose, round) if purpose == "step 0" else sum_L
-
-    patch.setattr(local, "noised", first)
+    patch.setattr(local, "Noising", Noised)
 
 
 def clip_times(factor):
@@ -118,26 +128,26 @@ def a_unit_is_its_records(patch):
     call = ClippedSum.__call__
 
     def by_record(self, x_NF, y_N, index_B, owner_B, weight_B, units):
-        return call(self, x_NF, y_N, index_B, torch.arange(len(index_B)), weight_B, len(index_B))
+        return call(self, x_NF, y_N, index_B, None, weight_B, len(index_B))
 
     patch.setattr(ClippedSum, "__call__", by_record)
 
 
 def rounding_to_fours(patch):
-    encode = Quantiser.encode
+    encode_each = Quantiser.encode_each
 
-    def coarse(self, vector_L, *, weight, rounding_key):
-        return 4 * encode(self, vector_L / 4, weight=weight, rounding_key=rounding_key)
+    def coarse(self, vector_KL, **rest):
+        return 4 * encode_each(self, vector_KL / 4, **rest)
 
-    patch.setattr(Quantiser, "encode", coarse)
+    patch.setattr(Quantiser, "encode_each", coarse)
 
 
 def sampler(change):
     """A sampler that draws otherwise, and says that it is a Poisson sampler of the rate asked for."""
 
     class Changed(PoissonSampler):
-        def __init__(self, units, rate, key):
-            super().__init__(units, rate, key)
+        def __init__(self, units, rate, key, *, steps):
+            super().__init__(units, rate, key, steps=steps)
             self._key = key
 
         def draw(self, step):
@@ -200,9 +210,9 @@ FAULTS = {
     "noise x 0.5": Fault(noise_times(0.5), "noise", "the deviation of one step"),
     "noise x 0.97": Fault(noise_times(0.97), "noise", "the deviation of one step"),
     "noise x 1.03": Fault(noise_times(1.03), "noise", "the deviation of one step"),
-    "shares x 0.5": Fault(noise_times(0.5, secure), "noise", "the deviation of 3 opened sums"),
-    "shares x 0.97": Fault(noise_times(0.97, secure), "noise", "the deviation of 3 opened sums"),
-    "shares x 1.03": Fault(noise_times(1.03, secure), "noise", "the deviation of 3 opened sums"),
+    "shares x 0.5": Fault(noise_times(0.5, secure, "sample"), "noise", "the deviation of 3 opened sums"),
+    "shares x 0.97": Fault(noise_times(0.97, secure, "sample"), "noise", "the deviation of 3 opened sums"),
+    "shares x 1.03": Fault(noise_times(1.03, secure, "sample"), "noise", "the deviation of 3 opened sums"),
     "noise in the first step only": Fault(
         noise_in_the_first_step_only, "noise", "the deviation of four steps"
     ),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lepton_fl.errors import BadReply, VerificationFailed
 from lepton_fl.secagg import fixedpoint
 from lepton_fl.secagg.fixedpoint import MAX_PARTIES, Quantiser
-from lepton_fl.secagg.masks import TILE, keystream
+from lepton_fl.secagg.masks import TILE, Keystream, keystream
 
 KEY = bytes(range(32))
 
@@ -54,7 +54,7 @@ def test_rows_are_what_each_key_encodes_by_itself(coordinates):
     q = Quantiser(clip=0.5, bits=20, max_n=9)
     update_KL = np.random.default_rng(1).normal(size=(4, coordinates))
     keys = [bytes([k]) * 32 for k in range(4)]
-    rows = q.encode_each(update_KL, weight=1, rounding_keys=keys)
+    rows = q.encode_each(update_KL, weight=1, rounding=[Keystream(key) for key in keys])
 
     assert rows.shape == update_KL.shape
     for row, update_L, key in zip(rows, update_KL, keys, strict=True):
