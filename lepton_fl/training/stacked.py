@@ -31,9 +31,9 @@ from lepton_fl.training.units import RecordsOfUnits
 
 SITES = 64
 """Most sites in one computation: from there on it is the processor's caches that count."""
-_HELD = 1 << 18
+_HELD = 1 << 19
 """Numbers in and out of layers in one pass, about: what a cache holds. Speed only, as the next."""
-_FILL = 1 << 19
+_FILL = 1 << 20
 """Parameters x rows that a pass may be filled up with: as much work as another pass costs."""
 MEMORY = 1 << 30
 """Bytes, for who names no other."""
@@ -357,6 +357,8 @@ class _Chunk:
             for part in parts
         ]
         self._not_finite = np.zeros(len(parts), np.int64)
+        self._sums = torch.empty((2, len(parts), stacked.size), dtype=torch.float64)
+        """The clipped sums of a step, by how much was sampled and by site."""
 
     def train(self) -> list[LocalUpdate]:
         plan, stacked = self._plan, self._stacked
@@ -366,7 +368,7 @@ class _Chunk:
         flat = nn.Parameter(
             received_L if alike else received_L.repeat(len(self._parts), 1), requires_grad=False
         )
-        optimizer = inner_optimizer(nn.ParameterList([flat]), plan)
+        optimizer = inner_optimizer([flat], plan)
         taken, sum_KL = 0, np.empty(0)
         for step in range(plan.steps):
             sum_KL = self._clipped_sums(flat, step)
@@ -397,32 +399,34 @@ class _Chunk:
         ]
 
     def _clipped_sums(self, flat: Tensor, step: int) -> NDArray[np.float64]:
-        """Of each site, at the parameters [K, L], or [L] for all."""
-        sum_KL = torch.zeros((len(self._parts), self._stacked.size), dtype=torch.float64)
+        """Of each site, at the parameters [K, L], or [L] for all; good until the next step."""
         sampled = [sampler.draw(step) for sampler in self._samplers]
-        for group in self._groups(np.array([len(sampled_S) for sampled_S in sampled])):
-            where_G = torch.from_numpy(group)
-            self._stacked.flat = flat if flat.dim() == 1 else flat.index_select(0, where_G)
-            sum_GL = torch.zeros((len(group), self._stacked.size), dtype=torch.float64)
-            for x_GBF, y_GB, weight_GSR in self._batches(group, [sampled[k] for k in group], step):
-                self._add(sum_GL, group, x_GBF, y_GB, weight_GSR)
-            sum_KL[where_G] = sum_GL
-        return sum_KL.numpy()
+        units_K = np.array([len(sampled_S) for sampled_S in sampled])
+        # A site with many sampled units is next to another.
+        order_K = np.argsort(-units_K, kind="stable")
+        sampled = [sampled[k] for k in order_K]
+        order = torch.from_numpy(order_K)
+        if flat.dim() > 1:
+            flat = flat.index_select(0, order)
+        sum_KL = self._sums[0].zero_()
+        for group in self._groups(units_K[order_K].tolist()):
+            self._stacked.flat = flat[group] if flat.dim() > 1 else flat
+            for batch in self._batches(order_K[group], sampled[group], step):
+                self._add(sum_KL[group], order_K[group], *batch)
+        return torch.index_select(sum_KL, 0, order.argsort(), out=self._sums[1]).numpy()
 
-    def _groups(self, units_K: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """The sites with sampled units, those of about as many together: what fills up costs a pass at most."""
+    def _groups(self, units_K: Sequence[int]) -> Iterator[slice]:
+        """Neighbours for one pass, of numbers that descend: filling up costs no more than another pass."""
         most_rows = _HELD // (self._stacked.numbers * max(part.longest for part in self._parts))
         most_filled = _FILL // self._stacked.size
-        order = np.argsort(-units_K, kind="stable")[: np.count_nonzero(units_K)]
         first = filled = 0
-        for at, k in enumerate(order):
-            most = units_K[order[first]]
-            filled += most - units_K[k]
-            if at > first and (filled > most_filled or (at + 1 - first) * most > most_rows):
-                yield order[first:at]
+        for at, units in enumerate(units_K):
+            filled += units_K[first] - units
+            if at > first and (filled > most_filled or (at + 1 - first) * units_K[first] > most_rows):
+                yield slice(first, at)
                 first, filled = at, 0
-        if first < len(order):
-            yield order[first:]
+        if units_K[first]:
+            yield slice(first, len(units_K))
 
     def _add(
         self,
@@ -450,8 +454,7 @@ class _Chunk:
         else:
             factor_GS = clip_weights(square_GB, bound_GB, self._plan.clip) * weight_GSR[..., 0]
         for factor in factors:
-            for where, part_GP in factor.summed(factor_GS):
-                sum_GL[:, where] += part_GP
+            factor.add_to(sum_GL, factor_GS)
 
     def _batches(
         self, group: NDArray[np.int64], sampled: Sequence[NDArray[np.int64]], step: int
