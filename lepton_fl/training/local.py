@@ -9,6 +9,7 @@ public divisor, and a statement of the mechanism that really ran.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import is_
 from typing import Literal, Protocol
@@ -28,7 +29,7 @@ from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec
-from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, flattened
+from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, PlainSum, flattened
 from lepton_fl.training.noise import Noise, drawing
 from lepton_fl.training.sampling import PoissonSampler
 from lepton_fl.training.units import RecordsOfUnits
@@ -55,7 +56,7 @@ class LocalPlan:
     """One round of training at one site. Every number is the study's; none is the site's own."""
 
     clip: float
-    """L2 bound on one unit's gradient; `NO_CLIP` without privacy."""
+    """L2 bound on one unit's gradient; `NO_CLIP` without privacy, which no study can ask for."""
     lattice: Lattice | None
     """What integers each step's sum becomes, and the noise on them; None if noise is not training's job."""
     sample_rate: float
@@ -154,7 +155,7 @@ def train_locally(
     `sample_rate`. A step whose batch is empty is a step like any other, noise included. So the update is the
     `steps`-fold composition of the Poisson-subsampled mechanism of docs/accounting.md under adding or
     removing one unit (Abadi et al. 2016, Algorithm 1). Without a lattice the sum is exact, and is for secure
-    aggregation to hide. FedProx's pull (Li et al. 2020, eq. 2) changes none of this: it is added to what a
+    aggregation to hide; nor are gradients looked at one by one where `clip` is `NO_CLIP`. FedProx's pull (Li et al. 2020, eq. 2) changes none of this: it is added to what a
     step released, and computed from the received model and the steps released before, never from a record.
 
     Raises:
@@ -164,17 +165,20 @@ def train_locally(
     model.train()
     ready = _Ready.of(model, table, plan)
     clipped = ClippedSum(_bookkeeper(model, task, ready, plan), plan.clip)
+    plain = plan.clip == NO_CLIP and not plan.mean_of_records
+    summed = PlainSum(clipped) if plain else clipped
     sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
     flat_L = flattened(model)
     optimizer = _LatticeOptimizer(flat_L, plan, noise, round)
     if plan.proximal_mu:
         optimizer.attach_step_hook(_pull(flat_L, plan.proximal_mu))
     taken = 0
-    with clipped.bookkeeper.recording(), drawing(noise.key("masks", round)):
+    recording = nullcontext() if plain else clipped.bookkeeper.recording()
+    with recording, drawing(noise.key("masks", round)):
         for step in range(plan.steps):
             sampled = torch.from_numpy(sampler.draw(step))
             index_B, owner_B, weight_B = ready.records.of(sampled, noise.key(f"records step {step}", round))
-            sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled))
+            sum_L = summed(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled))
             optimizer.sum_L = sum_L.numpy()
             optimizer.step()
             taken += 1
