@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -91,11 +91,13 @@ class Explicit(Factor):
         return square_N, square_N if self.bound_N is None else self.bound_N
 
     def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
+        part = sum_L[..., self.where]
         at_once = max(1, HELD_AT_ONCE * self.gradient.shape[-2] // max(1, self.gradient.numel()))
-        parts = zip(weight_N.unsqueeze(-2).split(at_once, -1), self.gradient.split(at_once, -2), strict=True)
-        # Not all of them at once in float64, which may be much.
-        for weight, part in parts:
-            sum_L[..., self.where].add_((weight @ part.double()).squeeze(-2))
+        # Not all rows at once in float64, which may be much.
+        for first in range(0, self.gradient.shape[-2], at_once):
+            rows = slice(first, first + at_once)
+            weight_1N = weight_N[..., None, rows]
+            part.add_((weight_1N @ self.gradient[..., rows, :].double()).squeeze(-2))
 
     def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Explicit:
         rows = self.gradient[..., index_UR, :].double() * weight_UR[..., None]
@@ -131,17 +133,11 @@ class Outer(Factor):
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        if self.a.shape[-2] == 1:
-            a, g = self._rows
-            size_N = _squares(a).add_(self._with_bias).mul_(_squares(g))
+        size_NT = _squares(self.a).add_(self._with_bias).mul_(_squares(self.g))
+        if size_NT.shape[-1] == 1:
+            size_N = size_NT[..., 0]
             return size_N, size_N
-        size_NT = _squares(self.g) * (_squares(self.a) + self._with_bias)
         return self._squared(), size_NT.sqrt().sum(-1).square()
-
-    @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """Of rows of one position, both in float64, [..., N, I] and [..., N, O]: for norms and for sums."""
-        return self.a.squeeze(-2).double(), self.g.squeeze(-2).double()
 
     def _squared(self) -> Tensor:
         """Of rows of several positions: by T x T products, or by the gradients: whichever is cheaper."""
@@ -161,12 +157,9 @@ class Outer(Factor):
         return torch.cat(squares).clamp(min=0.0).reshape(self.a.shape[:-2])
 
     def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
-        if self.a.shape[-2] == 1:
-            a, g = self._rows
-            g = g * weight_N[..., None]
-        else:
-            a = self.a.flatten(-3, -2).double()
-            g = (self.g.double() * weight_N[..., None, None]).flatten(-3, -2)
+        # In float64 for this product only: to keep it from the norms on costs more cache than time.
+        a = self.a.double().flatten(-3, -2)
+        g = self.g.to(torch.float64, copy=True).mul_(weight_N[..., None, None]).flatten(-3, -2)
         matrix = sum_L[..., self.weight].unflatten(-1, (g.shape[-1], a.shape[-1]))
         (matrix.addmm_ if matrix.dim() == 2 else matrix.baddbmm_)(g.mT, a)
         if self.bias is not None:
@@ -296,10 +289,11 @@ class Tape:
         outputs, inputs = (-size % WHOLE for size in weight.shape)
         if not self.padded or not (outputs or inputs):
             return functional.linear(x, weight, bias)
+        # Where there is nothing to add, padding would be a copy.
         weight = functional.pad(weight, (0, inputs, 0, outputs))
-        bias = None if bias is None else functional.pad(bias, (0, outputs))
-        y = functional.linear(functional.pad(x, (0, inputs)), weight, bias)
-        return y[..., : len(weight) - outputs].contiguous()
+        bias = functional.pad(bias, (0, outputs)) if outputs and bias is not None else bias
+        y = functional.linear(functional.pad(x, (0, inputs)) if inputs else x, weight, bias)
+        return y[..., : len(weight) - outputs].contiguous() if outputs else y
 
     def part(self, parameter: Tensor, rows: slice | None = None) -> slice:
         """Where these rows of a parameter are in the flat gradient; all of them by default."""

@@ -8,8 +8,8 @@ public divisor, and a statement of the mechanism that really ran.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import is_
 from typing import Literal, Protocol
@@ -29,7 +29,7 @@ from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec
-from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, PlainSum, flattened
+from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, PlainSum, flattened, lacks_memory
 from lepton_fl.training.noise import Noise, drawing
 from lepton_fl.training.sampling import PoissonSampler
 from lepton_fl.training.units import RecordsOfUnits
@@ -155,16 +155,20 @@ def train_locally(
     `sample_rate`. A step whose batch is empty is a step like any other, noise included. So the update is the
     `steps`-fold composition of the Poisson-subsampled mechanism of docs/accounting.md under adding or
     removing one unit (Abadi et al. 2016, Algorithm 1). Without a lattice the sum is exact, and is for secure
-    aggregation to hide; nor are gradients looked at one by one where `clip` is `NO_CLIP`. FedProx's pull (Li et al. 2020, eq. 2) changes none of this: it is added to what a
-    step released, and computed from the received model and the steps released before, never from a record.
+    aggregation to hide. With `NO_CLIP` nothing is promised, and no gradient is looked at by itself. FedProx
+    (Li et al. 2020, eq. 2): its pull changes none of this: it is added to what a step released, and computed from
+    the received model and the steps released before, never from a record.
 
     Raises:
         ProtocolError: `arrays` do not fit the model or are not finite.
+        ConfigError: the model cannot be trained record by record, or not in this machine's memory.
     """
     load_arrays(model, arrays)
     model.train()
     ready = _Ready.of(model, table, plan)
-    clipped = ClippedSum(_bookkeeper(model, task, ready, plan), plan.clip)
+    with _enough_memory("the trial of the model, on one block of the study's size"):
+        bookkeeper = _bookkeeper(model, task, ready, plan)
+    clipped = ClippedSum(bookkeeper, plan.clip)
     plain = plan.clip == NO_CLIP and not plan.mean_of_records
     summed = PlainSum(clipped) if plain else clipped
     sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
@@ -173,8 +177,9 @@ def train_locally(
     if plan.proximal_mu:
         optimizer.attach_step_hook(_pull(flat_L, plan.proximal_mu))
     taken = 0
-    recording = nullcontext() if plain else clipped.bookkeeper.recording()
-    with recording, drawing(noise.key("masks", round)):
+    recording = nullcontext() if plain else bookkeeper.recording()
+    needed = f"a step: a block of {bookkeeper.rows} records takes about {1 + (bookkeeper.memory >> 20)} MiB"
+    with _enough_memory(needed), recording, drawing(noise.key("masks", round)):
         for step in range(plan.steps):
             sampled = torch.from_numpy(sampler.draw(step))
             index_B, owner_B, weight_B = ready.records.of(sampled, noise.key(f"records step {step}", round))
@@ -228,7 +233,7 @@ class _Ready:
 
 
 _READY: WeakKeyDictionary[nn.Module, _Ready] = WeakKeyDictionary()
-_TRIED: WeakKeyDictionary[nn.Module, tuple[object, int, bool]] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[nn.Module, tuple[object, int, bool, int]] = WeakKeyDictionary()
 """What came of a model's trial. Neither of the two may hold the model, which would then never be freed."""
 
 
@@ -239,10 +244,24 @@ def _bookkeeper(model: nn.Module, task: TaskSpec, ready: _Ready, plan: LocalPlan
     form = (task, expected, rate, torch.get_num_threads(), *((x.dtype, x.shape[1:]) for x in like))
     known = _TRIED.get(model)
     if known is not None and known[0] == form:
-        return Bookkeeper(model, task, rows=known[1], padded=known[2])
+        return Bookkeeper(model, task, *known[1:])
     made = Bookkeeper.of(model, task, like=like, expected=expected, rate=rate)
-    _TRIED[model] = form, made.rows, made.padded
+    _TRIED[model] = form, made.rows, made.padded, made.numbers
     return made
+
+
+@contextmanager
+def _enough_memory(what: str) -> Iterator[None]:
+    """One line in place of what torch or numpy say where there is too little for `what`."""
+    try:
+        yield
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise ConfigError(
+            f"training: this machine has too little memory for {what}",
+            fix="give this process more memory, or join studies with a smaller model or train.expected_batch",
+        ) from None
 
 
 class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
@@ -266,7 +285,8 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
     @property
     def mean_L(self) -> NDArray[np.float64]:
         """The last step's gradient, with its noise."""
-        return self._noised_L / self.expected_batch_size
+        mean_L: NDArray[np.float64] = self._noised_L / self.expected_batch_size
+        return mean_L
 
     def accumulate(self) -> None:
         """Nothing: `sum_L` is whole. In float64, and not in the parameters' own type, as Opacus would."""
@@ -309,7 +329,7 @@ def _pull(flat_L: nn.Parameter, mu: float) -> Callable[[DPOptimizer], None]:
     received_L = flat_L.detach().clone()
 
     def pull(_: DPOptimizer) -> None:
-        assert flat_L.grad is not None
-        flat_L.grad.add_(flat_L.detach() - received_L, alpha=mu)
+        if flat_L.grad is not None:
+            flat_L.grad.add_(flat_L.detach() - received_L, alpha=mu)
 
     return pull

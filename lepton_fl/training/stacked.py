@@ -361,7 +361,7 @@ class _Chunk:
         """The clipped sums of a step, by how much was sampled and by site."""
 
     def train(self) -> list[LocalUpdate]:
-        plan, stacked = self._plan, self._stacked
+        plan = self._plan
         received_L = torch.from_numpy(flatten(self._arrays).astype(np.float32))
         # One step from where all are: one set of parameters.
         alike = plan.steps == 1 and plan.gradient_only
