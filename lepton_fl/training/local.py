@@ -155,9 +155,9 @@ def train_locally(
     `sample_rate`. A step whose batch is empty is a step like any other, noise included. So the update is the
     `steps`-fold composition of the Poisson-subsampled mechanism of docs/accounting.md under adding or
     removing one unit (Abadi et al. 2016, Algorithm 1). Without a lattice the sum is exact, and is for secure
-    aggregation to hide. With `NO_CLIP` nothing is promised, and no gradient is looked at by itself. FedProx
-    (Li et al. 2020, eq. 2): its pull changes none of this: it is added to what a step released, and computed from
-    the received model and the steps released before, never from a record.
+    aggregation to hide. With `NO_CLIP` nothing is promised, and no gradient is looked at by itself. The
+    pull of FedProx (Li et al. 2020, eq. 2) changes none of this: it is added to what a step released, and
+    computed from the received model and the steps released before, never from a record.
 
     Raises:
         ProtocolError: `arrays` do not fit the model or are not finite.

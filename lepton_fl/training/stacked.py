@@ -31,9 +31,9 @@ from lepton_fl.training.units import RecordsOfUnits
 
 SITES = 64
 """Most sites in one computation: from there on it is the processor's caches that count."""
-_HELD = 1 << 19
+_HELD = 1 << 20
 """Numbers in and out of layers in one pass, about: what a cache holds. Speed only, as the next."""
-_FILL = 1 << 20
+_FILL = 1 << 22
 """Parameters x rows that a pass may be filled up with: as much work as another pass costs."""
 MEMORY = 1 << 30
 """Bytes, for who names no other."""
