@@ -298,7 +298,11 @@ def _parsed(canonical: bytes, study_id: str) -> Study:
 
 def to_record(arrays: dict[str, np.ndarray]) -> ArrayRecord:
     """Arrays by name as a Flower record."""
-    return ArrayRecord({name: _as_array(array) for name, array in arrays.items()})
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        # One by one: given a dictionary of them, Flower makes each a second time.
+        record[name] = _as_array(array)
+    return record
 
 
 def _as_array(array: np.ndarray) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from flwr.app import ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from lepton_fl.errors import BadReply, LeptonError, ProtocolError, TooFewSites
 from lepton_fl.messages import (
@@ -36,14 +36,17 @@ def read_update(reply: Message, template: Mapping[str, np.ndarray], *, summed: b
         BadReply: it is not exactly one array record like `template`, of coordinates of magnitude up to
             `MAX_MAGNITUDE`, and the public constant weight.
     """
-    content = reply.content
-    if set(content.config_records) - ({CONFIG} if summed else set()):
+    records = dict(reply.content.items())
+    configs = {name for name, record in records.items() if isinstance(record, ConfigRecord)}
+    if configs - ({CONFIG} if summed else set()):
         raise BadReply("reply: a site's reply carries no config record")
-    if list(content.array_records) != [ARRAYS] or list(content.metric_records) != [METRICS]:
+    update, weight = records.get(ARRAYS), records.get(METRICS)
+    others = records.keys() - configs - {ARRAYS, METRICS}
+    if others or not isinstance(update, ArrayRecord) or not isinstance(weight, MetricRecord):
         raise BadReply("reply: holds other records than one update and its weight")
-    if dict(content.metric_records[METRICS]) != {WEIGHT: 1.0}:
+    if dict(weight.items()) != {WEIGHT: 1.0}:
         raise BadReply("reply: a weight is a public constant of the study, 1, and no metric rides along")
-    arrays = from_record(content.array_records[ARRAYS], copy=False)
+    arrays = from_record(update, copy=False)
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise BadReply(f"arrays: {name} has type {array.dtype}, an update is float32")

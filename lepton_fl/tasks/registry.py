@@ -6,7 +6,9 @@ message. Its name in a study selects among what is installed, and policy.toml ma
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TypeVar
 
 from lepton_fl.errors import ConfigError
@@ -21,7 +23,7 @@ def registered(group: str, builtin: dict[str, T], kind: type[T]) -> dict[str, T]
         ConfigError: a plug-in takes a built-in name, cannot be imported, or is of another type.
     """
     found = dict(builtin)
-    for point in entry_points(group=group):
+    for point in _installed(entry_points, group):
         if point.name in builtin:
             raise ConfigError(f"plug-in {point.value!r}: the name {point.name!r} is built in")
         try:
@@ -32,3 +34,9 @@ def registered(group: str, builtin: dict[str, T], kind: type[T]) -> dict[str, T]
             raise ConfigError(f"plug-in {point.value!r} ({group}) is no {kind.__name__}")
         found[point.name] = plugin
     return found
+
+
+@lru_cache(maxsize=8)
+def _installed(find: Callable[..., EntryPoints], group: str) -> tuple[EntryPoint, ...]:
+    """Looked up once a process: it opens the metadata of every package that is installed."""
+    return tuple(find(group=group))

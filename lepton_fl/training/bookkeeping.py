@@ -88,13 +88,14 @@ class Bookkeeper:
     """That a record's factors hold, about."""
 
     def __post_init__(self) -> None:
-        where, at = {}, 0
+        self.where, at = dict[int, slice](), 0
+        """By a parameter's id, its place in the flat gradient, in the model's order."""
         for parameter in self.model.parameters():
-            where[id(parameter)] = slice(at, at + parameter.numel())
+            self.where[id(parameter)] = slice(at, at + parameter.numel())
             at += parameter.numel()
         self.size = at
         """L."""
-        self._tape, self._recorder = Tape(where, self.padded), Recorder(self.model)
+        self._tape, self._recorder = Tape(self.where, self.padded), Recorder(self.model)
         self._is_recording = False
 
     @classmethod
@@ -276,6 +277,41 @@ class ClippedSum:
         weight_M = torch.zeros(self.bookkeeper.rows, dtype=torch.float64)
         weight_M[: len(weight_C)] = weight_C
         return weight_M
+
+
+@dataclass
+class PlainSum:
+    """Adds up gradients that are not to be clipped, by ordinary backward passes, without looking at each."""
+
+    clipped: ClippedSum
+    """Whose clip is above any gradient: what it gives is this, but for rounding."""
+
+    def __call__(
+        self,
+        x_NF: Tensor,
+        y_N: Tensor,
+        index_B: Tensor,
+        owner_B: Tensor | None,
+        weight_B: Tensor | None,
+        units: int,
+    ) -> Tensor:
+        """As `ClippedSum`, where every weight is 1; what is not finite counts as zero here too."""
+        kept = self.clipped.bookkeeper
+        parameters = list(kept.model.parameters())
+        sum_L = torch.zeros(kept.size, dtype=torch.float64)
+        for index_C in index_B.split(kept.rows):
+            if not len(index_C):
+                continue
+            with torch.enable_grad():
+                loss = kept.task.loss(kept.model(x_NF[index_C]), y_N[index_C])
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for gradient, where in zip(found, kept.where.values(), strict=True):
+                if gradient is not None:
+                    sum_L[where].add_(gradient.flatten())
+        if math.isfinite(sum_L.sum().item()):
+            return sum_L
+        # A record's is not, or all of them together are too large for the parameters' type.
+        return self.clipped(x_NF, y_N, index_B, owner_B, weight_B, units)
 
 
 def _add_weighted(sum_L: Tensor, factors: Sequence[Factor], weight_N: Tensor) -> None:

@@ -9,7 +9,7 @@ public divisor, and a statement of the mechanism that really ran.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import is_
 from typing import Literal, Protocol
@@ -28,7 +28,7 @@ from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec
-from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, flattened, lacks_memory
+from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, PlainSum, flattened, lacks_memory
 from lepton_fl.training.noise import Noise, drawing
 from lepton_fl.training.noising import Noising
 from lepton_fl.training.sampling import PoissonSampler
@@ -56,7 +56,7 @@ class LocalPlan:
     """One round of training at one site. Every number is the study's; none is the site's own."""
 
     clip: float
-    """L2 bound on one unit's gradient; `NO_CLIP` without privacy."""
+    """L2 bound on one unit's gradient; `NO_CLIP` without privacy, which no study can ask for."""
     lattice: Lattice | None
     """What integers each step's sum becomes, and the noise on them; None if noise is not training's job."""
     sample_rate: float
@@ -155,8 +155,9 @@ def train_locally(
     `sample_rate`. A step whose batch is empty is a step like any other, noise included. So the update is the
     `steps`-fold composition of the Poisson-subsampled mechanism of docs/accounting.md under adding or
     removing one unit (Abadi et al. 2016, Algorithm 1). Without a lattice the sum is exact, and is for secure
-    aggregation to hide. FedProx's pull (Li et al. 2020, eq. 2) changes none of this: it is added to what a
-    step released, and computed from the received model and the steps released before, never from a record.
+    aggregation to hide. With `NO_CLIP` nothing is promised, and no gradient is looked at by itself. The
+    pull of FedProx (Li et al. 2020, eq. 2) changes none of this: it is added to what a step released, and
+    computed from the received model and the steps released before, never from a record.
 
     Raises:
         ProtocolError: `arrays` do not fit the model or are not finite.
@@ -168,6 +169,8 @@ def train_locally(
     with _enough_memory("the trial of the model, on one block of the study's size"):
         bookkeeper = _bookkeeper(model, task, ready, plan)
     clipped = ClippedSum(bookkeeper, plan.clip)
+    plain = plan.clip == NO_CLIP and not plan.mean_of_records
+    summed = PlainSum(clipped) if plain else clipped
     sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round), steps=plan.steps)
     noising = None
     if plan.lattice is not None:
@@ -177,11 +180,12 @@ def train_locally(
     if plan.proximal_mu:
         optimizer.attach_step_hook(_pull(flat_L, plan.proximal_mu))
     taken = 0
+    recording = nullcontext() if plain else bookkeeper.recording()
     needed = f"a step: a block of {bookkeeper.rows} records takes about {1 + (bookkeeper.memory >> 20)} MiB"
     owner_B: Tensor | None
     weight_B: Tensor | None
     try:
-        with _enough_memory(needed), bookkeeper.recording(), drawing(noise.key("masks", round)):
+        with _enough_memory(needed), recording, drawing(noise.key("masks", round)):
             for step in range(plan.steps):
                 sampled_S = sampler.draw(step)
                 if ready.records.one_each:
@@ -189,7 +193,7 @@ def train_locally(
                 else:
                     key = noise.key(f"records step {step}", round)
                     index_B, owner_B, weight_B = ready.records.of(torch.from_numpy(sampled_S), key)
-                sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled_S))
+                sum_L = summed(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled_S))
                 optimizer.sum_L = sum_L.numpy()
                 optimizer.step()
                 taken += 1

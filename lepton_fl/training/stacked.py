@@ -1,7 +1,7 @@
 """DP-SGD at many sites as one computation, for simulations: each site gets what `train_locally` gives it.
 
-K sites, S sampled units of each (of the site with the most; rows of weight 0 fill up the others), R records
-of a unit (likewise), B = S x R, F features, L parameters.
+K sites, G of them in one pass, S sampled units of each (of the site with the most; rows of weight 0 fill up
+the others), R records of a unit (likewise), B = S x R, F features, L parameters.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ from lepton_fl.training.units import RecordsOfUnits
 
 SITES = 64
 """Most sites in one computation: from there on it is the processor's caches that count."""
+_HELD = 1 << 20
+"""Numbers in and out of layers in one pass, about: what a cache holds. Speed only, as the next."""
+_FILL = 1 << 22
+"""Parameters x rows that a pass may be filled up with: as much work as another pass costs."""
 MEMORY = 1 << 30
 """Bytes, for who names no other."""
 TOLERANCE = 1e-4
@@ -366,9 +370,11 @@ class _Chunk:
             noises = [part.noise for part in parts]
             self._noising = Noising(plan.lattice, stacked.size, noises, round, steps=plan.steps)
         self._not_finite = np.zeros(len(parts), np.int64)
+        self._sums = torch.empty((2, len(parts), stacked.size), dtype=torch.float64)
+        """The clipped sums of a step, by how much was sampled and by site."""
 
     def train(self) -> list[LocalUpdate]:
-        plan, stacked = self._plan, self._stacked
+        plan = self._plan
         received_L = torch.from_numpy(flatten(self._arrays).astype(np.float32))
         # One step from where all are: one set of parameters.
         alike = plan.steps == 1 and plan.gradient_only
@@ -378,8 +384,7 @@ class _Chunk:
         optimizer = inner_optimizer([flat], plan)
         taken, sum_KL = 0, np.empty(0)
         for step in range(plan.steps):
-            stacked.flat = flat
-            sum_KL = self._clipped_sums(step)
+            sum_KL = self._clipped_sums(flat, step)
             if self._noising is not None:
                 sum_KL = self._noising(sum_KL)
             taken += 1
@@ -411,81 +416,114 @@ class _Chunk:
         if self._noising is not None:
             self._noising.forget()
 
-    def _clipped_sums(self, step: int) -> NDArray[np.float64]:
-        sum_KL = torch.zeros((len(self._parts), self._stacked.size), dtype=torch.float64)
+    def _clipped_sums(self, flat: Tensor, step: int) -> NDArray[np.float64]:
+        """Of each site, at the parameters [K, L], or [L] for all; good until the next step."""
         sampled = [sampler.draw(step) for sampler in self._samplers]
-        for x_KBF, y_KB, weight_KSR in self._batches(sampled, step):
-            factors = self._stacked.factors(x_KBF, y_KB)
-            if not factors:
-                continue
-            square_KB, bound_KB = norms(factors)
-            # What is not finite counts as zero: at a site alone, too.
-            bad_KB = ~torch.isfinite(bound_KB)
-            if bad_KB.any():
-                self._not_finite += (bad_KB & (weight_KSR.flatten(1) > 0)).sum(1).numpy()
-                factors = [factor.without(bad_KB) for factor in factors]
-                square_KB[bad_KB], bound_KB[bad_KB] = 0.0, 0.0
-            if weight_KSR.shape[-1] > 1:
-                index_SR = torch.arange(y_KB.shape[1]).reshape(weight_KSR.shape[1:])
-                factors = [factor.grouped(index_SR, weight_KSR) for factor in factors]
-                factor_KS = clip_weights(*norms(factors), self._plan.clip)
-            else:
-                factor_KS = clip_weights(square_KB, bound_KB, self._plan.clip) * weight_KSR[..., 0]
-            for factor in factors:
-                factor.add_to(sum_KL, factor_KS)
-        return sum_KL.numpy()
+        units_K = np.array([len(sampled_S) for sampled_S in sampled])
+        # A site with many sampled units is next to another.
+        order_K = np.argsort(-units_K, kind="stable")
+        sampled = [sampled[k] for k in order_K]
+        order = torch.from_numpy(order_K)
+        if flat.dim() > 1:
+            flat = flat.index_select(0, order)
+        sum_KL = self._sums[0].zero_()
+        for group in self._groups(units_K[order_K].tolist()):
+            self._stacked.flat = flat[group] if flat.dim() > 1 else flat
+            for batch in self._batches(order_K[group], sampled[group], step):
+                self._add(sum_KL[group], order_K[group], *batch)
+        return torch.index_select(sum_KL, 0, order.argsort(), out=self._sums[1]).numpy()
+
+    def _groups(self, units_K: Sequence[int]) -> Iterator[slice]:
+        """Neighbours for one pass, of numbers that descend: filling up costs no more than another pass."""
+        most_rows = _HELD // (self._stacked.numbers * max(part.longest for part in self._parts))
+        most_filled = _FILL // self._stacked.size
+        first = filled = 0
+        for at, units in enumerate(units_K):
+            filled += units_K[first] - units
+            if at > first and (filled > most_filled or (at + 1 - first) * units_K[first] > most_rows):
+                yield slice(first, at)
+                first, filled = at, 0
+        if units_K[first]:
+            yield slice(first, len(units_K))
+
+    def _add(
+        self,
+        sum_GL: Tensor,
+        group: NDArray[np.int64],
+        x_GBF: Tensor,
+        y_GB: Tensor,
+        weight_GSR: Tensor,
+    ) -> None:
+        """The clipped gradients of a few units of each site in the group."""
+        factors = self._stacked.factors(x_GBF, y_GB)
+        if not factors:
+            return
+        square_GB, bound_GB = norms(factors)
+        # What is not finite counts as zero: at a site alone, too.
+        bad_GB = ~torch.isfinite(bound_GB)
+        if bad_GB.any():
+            self._not_finite[group] += (bad_GB & (weight_GSR.flatten(1) > 0)).sum(1).numpy()
+            factors = [factor.without(bad_GB) for factor in factors]
+            square_GB[bad_GB], bound_GB[bad_GB] = 0.0, 0.0
+        if weight_GSR.shape[-1] > 1:
+            index_SR = torch.arange(y_GB.shape[1]).reshape(weight_GSR.shape[1:])
+            factors = [factor.grouped(index_SR, weight_GSR) for factor in factors]
+            factor_GS = clip_weights(*norms(factors), self._plan.clip)
+        else:
+            factor_GS = clip_weights(square_GB, bound_GB, self._plan.clip) * weight_GSR[..., 0]
+        for factor in factors:
+            factor.add_to(sum_GL, factor_GS)
 
     def _batches(
-        self, sampled: Sequence[NDArray[np.int64]], step: int
+        self, group: NDArray[np.int64], sampled: Sequence[NDArray[np.int64]], step: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Records [K, B, F] and labels [K, B] of a few units of each site, and weights [K, S, R]."""
-        one_each = all(part.records.one_each for part in self._parts)
+        """Records [G, B, F] and labels [G, B] of a few units of each site, and weights [G, S, R]."""
+        parts = [self._parts[k] for k in group]
+        one_each = all(part.records.one_each for part in parts)
         # Where each unit has one record, none is left to be drawn.
-        keys = (
-            [] if one_each else [part.noise.key(f"records step {step}", self._round) for part in self._parts]
-        )
-        per_record = _PER_ACTIVATION * self._stacked.numbers * len(self._parts)
-        longest = max(part.longest for part in self._parts)
+        keys = [] if one_each else [part.noise.key(f"records step {step}", self._round) for part in parts]
+        per_record = _PER_ACTIVATION * self._stacked.numbers * len(parts)
+        longest = max(part.longest for part in parts)
         at_once = max(1, self._memory // 2 // (per_record * longest))
-        for first in range(0, max(map(len, sampled), default=0), at_once):
+        for first in range(0, max(map(len, sampled)), at_once):
             units = [sampled_S[first : first + at_once] for sampled_S in sampled]
-            yield self._batch_of_ones(units) if one_each else self._batch(units, keys)
+            yield _batch_of_ones(parts, units) if one_each else _batch(parts, units, keys)
 
-    def _batch_of_ones(self, sampled: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_batch`, of units that have one record each."""
-        units = max(map(len, sampled))
-        x_KBF = np.zeros((len(sampled), units, self._parts[0].table.x_NF.shape[1]), np.float32)
-        y_KB, weight_KB = np.zeros(x_KBF.shape[:2], np.float32), np.zeros(x_KBF.shape[:2])
-        for part, sampled_S, x_BF, y_B, weight_B in zip(
-            self._parts, sampled, x_KBF, y_KB, weight_KB, strict=True
-        ):
-            index_S, count = part.records.only(sampled_S), len(sampled_S)
-            x_BF[:count] = part.table.x_NF.take(index_S, axis=0)
-            y_B[:count] = part.table.y_N.take(index_S)
-            weight_B[:count] = 1.0
-        return torch.from_numpy(x_KBF), torch.from_numpy(y_KB), torch.from_numpy(weight_KB[..., None])
 
-    def _batch(
-        self, sampled: Sequence[NDArray[np.int64]], keys: Sequence[bytes]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = [
-            [array.numpy() for array in part.records.of(torch.from_numpy(sampled_S), key)]
-            for part, sampled_S, key in zip(self._parts, sampled, keys, strict=True)
-        ]
-        units = max(map(len, sampled))
-        counts = [np.bincount(owner_B, minlength=1) for _, owner_B, _ in found]
-        records = max(int(count_S.max()) for count_S in counts)
-        features = self._parts[0].table.x_NF.shape[1]
-        x_KSRF = np.zeros((len(self._parts), units, records, features), np.float32)
-        y_KSR = np.zeros(x_KSRF.shape[:-1], np.float32)
-        weight_KSR = np.zeros(y_KSR.shape)
-        for k, (part, (index_B, owner_B, weight_B), count_S) in enumerate(
-            zip(self._parts, found, counts, strict=True)
-        ):
-            # A record's number within its unit; owners come in order.
-            within_B = np.arange(len(owner_B)) - (np.cumsum(count_S) - count_S)[owner_B]
-            x_KSRF[k, owner_B, within_B] = part.table.x_NF[index_B]
-            y_KSR[k, owner_B, within_B] = part.table.y_N[index_B]
-            weight_KSR[k, owner_B, within_B] = weight_B
-        x_KBF, y_KB = x_KSRF.reshape(len(x_KSRF), -1, features), y_KSR.reshape(len(y_KSR), -1)
-        return torch.from_numpy(x_KBF), torch.from_numpy(y_KB), torch.from_numpy(weight_KSR)
+def _batch_of_ones(
+    parts: Sequence[Part], sampled: Sequence[NDArray[np.int64]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_batch`, of units that have one record each."""
+    units = max(map(len, sampled))
+    x_GBF = np.zeros((len(parts), units, parts[0].table.x_NF.shape[1]), np.float32)
+    y_GB, weight_GB = np.zeros(x_GBF.shape[:2], np.float32), np.zeros(x_GBF.shape[:2])
+    for part, sampled_S, x_BF, y_B, weight_B in zip(parts, sampled, x_GBF, y_GB, weight_GB, strict=True):
+        index_S, count = part.records.only(sampled_S), len(sampled_S)
+        x_BF[:count] = part.table.x_NF.take(index_S, axis=0)
+        y_B[:count] = part.table.y_N.take(index_S)
+        weight_B[:count] = 1.0
+    return torch.from_numpy(x_GBF), torch.from_numpy(y_GB), torch.from_numpy(weight_GB[..., None])
+
+
+def _batch(
+    parts: Sequence[Part], sampled: Sequence[NDArray[np.int64]], keys: Sequence[bytes]
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = [
+        [array.numpy() for array in part.records.of(torch.from_numpy(sampled_S), key)]
+        for part, sampled_S, key in zip(parts, sampled, keys, strict=True)
+    ]
+    units = max(map(len, sampled))
+    counts = [np.bincount(owner_B, minlength=1) for _, owner_B, _ in found]
+    records = max(int(count_S.max()) for count_S in counts)
+    features = parts[0].table.x_NF.shape[1]
+    x_GSRF = np.zeros((len(parts), units, records, features), np.float32)
+    y_GSR = np.zeros(x_GSRF.shape[:-1], np.float32)
+    weight_GSR = np.zeros(y_GSR.shape)
+    for k, (part, (index_B, owner_B, weight_B), count_S) in enumerate(zip(parts, found, counts, strict=True)):
+        # A record's number within its unit; owners come in order.
+        within_B = np.arange(len(owner_B)) - (np.cumsum(count_S) - count_S)[owner_B]
+        x_GSRF[k, owner_B, within_B] = part.table.x_NF[index_B]
+        y_GSR[k, owner_B, within_B] = part.table.y_N[index_B]
+        weight_GSR[k, owner_B, within_B] = weight_B
+    x_GBF, y_GB = x_GSRF.reshape(len(parts), -1, features), y_GSR.reshape(len(parts), -1)
+    return torch.from_numpy(x_GBF), torch.from_numpy(y_GB), torch.from_numpy(weight_GSR)

@@ -185,25 +185,60 @@ def test_how_many_at_once_changes_nothing(monkeypatch, units):
     check_equal(few, whole, tolerance=1e-6)
 
 
-def test_little_memory_is_kept_to(monkeypatch):
-    """By what is held for parameters and for records."""
+@pytest.fixture
+def passes(monkeypatch):
+    """Sites and rows of each pass."""
     seen = []
     factors = Stacked.factors
 
     def recorded(self, x_KBF, y_KB):
-        seen.append(x_KBF.shape)
+        seen.append(y_KB.shape)
         return factors(self, x_KBF, y_KB)
 
     monkeypatch.setattr(Stacked, "factors", recorded)
+    return seen
+
+
+def test_little_of_a_pass_is_filled_up(passes):
+    """Sites of very unequal sizes: rows computed, beside those sampled; and passes no more than it takes."""
+    model, made = mlp(), local(sample_rate=0.5, steps=4)
+    stack = Stacked(model, BINARY, features=FEATURES)
+    # As for a model that is large enough for this to matter.
+    stack.numbers, fill = 1, stacked._FILL // stack.size
+    tables = {f"s{k}": records(20 * k) for k in range(1, 49)}
+    parts = [Part.of(name, table, SimulationNoise(7, name), made) for name, table in tables.items()]
+    passes.clear()
+    train_together(stack, start(model), parts, made, 1)
+    rows = sum(sites * rows for sites, rows in passes)
+    sampled = made.steps * 0.5 * sum(len(table.y_N) for table in tables.values())
+
+    assert rows <= sampled + 4 * sampled**0.5 + fill * len(passes)
+    assert len(passes) <= made.steps * (1 + (48 * 480 - sampled / made.steps) // fill)
+
+
+@pytest.mark.parametrize("fill", [0, 1 << 20])
+def test_who_is_in_one_pass_changes_nothing(monkeypatch, passes, fill):
+    """Sites of one number of units, or all with any."""
+    model, made = layer_norm(), local(optimizer="adam", lattice=lattice(coordinates(layer_norm())))
+    monkeypatch.setattr(stacked, "_FILL", fill * coordinates(model))
+    passes.clear()
+    together, alone = trained(model, made, {name: records(count) for name, count in SIZES.items()})
+
+    check_equal(together, alone)
+    assert (max(sites for sites, _ in passes) > 2) == bool(fill)
+
+
+def test_little_memory_is_kept_to(passes):
+    """By what is held for parameters and for records."""
     model, made = mlp(), local(sample_rate=1.0)
     stack = Stacked(model, BINARY, features=FEATURES)
-    seen.clear()
+    passes.clear()
     parts = [Part.of(str(k), records(200), SimulationNoise(7, str(k)), made) for k in range(9)]
     train_together(stack, start(model), parts, made, 1, memory=100_000)
 
     each = stacked._PER_ACTIVATION * stack.numbers
-    assert max(sites * rows * each for sites, rows, _ in seen) <= 50_000
-    assert sum(sites * rows for sites, rows, _ in seen) >= 9 * 200 * made.steps
+    assert max(sites * rows * each for sites, rows in passes) <= 50_000
+    assert sum(sites * rows for sites, rows in passes) >= 9 * 200 * made.steps
 
 
 def test_what_is_not_finite_counts_as_zero_and_is_counted():
