@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +40,31 @@ def clip_weights(square_U: Tensor, bound_U: Tensor, clip: float) -> Tensor:
 
     At most clip / norm, and at most 1; 0 where the bound is not finite.
     """
-    longest_U = torch.maximum(square_U.sqrt(), CANCELLED * bound_U.sqrt())
-    weight_U = clip / longest_U.clamp(min=clip)
-    return torch.where(torch.isfinite(bound_U), weight_U, 0.0)
+    longest_U = square_U.sqrt()
+    if bound_U is not square_U:
+        longest_U = torch.maximum(longest_U, CANCELLED * bound_U.sqrt())
+    # NaN stays what it is up to here, and infinity has become 0.
+    return longest_U.clamp_(min=clip).reciprocal_().mul_(clip).nan_to_num_(nan=0.0)
 
 
 def norms(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
-    """Squared norms over all parameters, and the squares of bounds on them, [..., N]."""
+    """Squared norms over all parameters, and the squares of bounds on them, [..., N]; one tensor if equal."""
     squares, bounds = zip(*(factor.norms() for factor in factors), strict=True)
-    return sum(squares[1:], squares[0]), sum(bounds[1:], bounds[0])
+    square = sum(squares[1:], squares[0])
+    if all(map(is_, squares, bounds)):
+        return square, square
+    return square, sum(bounds[1:], bounds[0])
+
+
+@torch.no_grad()
+def flattened(model: nn.Module) -> nn.Parameter:
+    """All parameters in one, [L], of which the model's become views: a step is then of one vector."""
+    parameters = list(model.parameters())
+    flat_L = torch.cat([parameter.flatten() for parameter in parameters])
+    parts = flat_L.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part.view(parameter.shape)
+    return nn.Parameter(flat_L)
 
 
 @dataclass
@@ -75,24 +93,32 @@ class Bookkeeper:
         self.size = at
         """L."""
         self._tape, self._recorder = Tape(where, self.padded), Recorder(self.model)
+        self._is_recording = False
 
     @classmethod
     def of(
-        cls, model: nn.Module, task: TaskSpec, *, like: tuple[Tensor, Tensor], expected: float
+        cls,
+        model: nn.Module,
+        task: TaskSpec,
+        *,
+        like: tuple[Tensor, Tensor],
+        expected: float,
+        rate: float = 0.0,
     ) -> Bookkeeper:
-        """For records like these [N, F], [N] and about so many in a step, tried on a random batch.
+        """For records like these [N, F], [N], about so many in a step at this rate, tried on a random batch.
 
         Raises:
             ConfigError: the model cannot be trained record by record.
         """
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        if len(kinds) > 1:
+            raise ConfigError(f"model: parameters of {len(kinds)} types ({_said(kinds)}); they must be of one")
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 raise ConfigError(f"model: parameter {name!r} is frozen, and noise would move it")
         trial = _Trial(model, task, like)
         numbers = trial.check_gradients()
-        # Of public numbers alone: the study's expected batch, and the sizes of the model.
-        rows = ROWS * -int(-(expected + 2 * expected**0.5) // ROWS)
-        rows = max(ROWS, min(rows, MOST_ROWS, HELD_NUMBERS // numbers // ROWS * ROWS))
+        rows = _rows(expected, rate, numbers)
         padded = not trial.rows_alike(rows)
         if padded:
             trial.check_gradients(padded=True)
@@ -111,15 +137,23 @@ class Bookkeeper:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within, `factors` may be asked; the model's parameters do not require grad."""
-        with self._recorder.onto(self._tape):
+        """Within, `factors` may be asked; the model's parameters do not require grad. May be nested."""
+        if self._is_recording:
             yield
+            return
+        self._is_recording = True
+        try:
+            with self._recorder.onto(self._tape), torch.enable_grad():
+                yield
+        finally:
+            self._is_recording = False
 
     def factors(self, x_BF: Tensor, y_B: Tensor) -> list[Factor]:
         """Of the summed loss of at most `rows` records; the rows of a block that are left are zero."""
-        x_MF, y_M = x_BF.new_zeros((self.rows, *x_BF.shape[1:])), y_B.new_zeros(self.rows)
-        x_MF[: len(x_BF)], y_M[: len(y_B)] = x_BF, y_B
-        return self._tape.factors(self.task.loss(self.model(x_MF), y_M))
+        left = self.rows - len(x_BF)
+        if left:
+            x_BF, y_B = (torch.cat([z, z.new_zeros((left, *z.shape[1:]))]) for z in (x_BF, y_B))
+        return self._tape.factors(self.task.loss(self.model(x_BF), y_B))
 
 
 @dataclass
@@ -143,26 +177,35 @@ class ClippedSum:
         a certain record is there.
         """
         sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
-        count_U = torch.bincount(owner_B, minlength=units)
-        with self.bookkeeper.recording(), torch.enable_grad():
-            for first, last, start, stop in _blocks(count_U, self.bookkeeper.rows):
+        rows = self.bookkeeper.rows
+        with self.bookkeeper.recording():
+            if torch.equal(owner_B, torch.arange(units)):
+                # One record each, the common case.
+                for index_C, weight_C in zip(index_B.split(rows), weight_B.split(rows), strict=True):
+                    self._add(sum_L, x_NF[index_C], y_N[index_C], weight_C, None)
+                return sum_L
+            count_U = torch.bincount(owner_B, minlength=units)
+            for first, last, start, stop in _blocks(count_U, rows):
                 index_C, weight_C = index_B[start:stop], weight_B[start:stop]
-                if len(index_C) > self.bookkeeper.rows:
+                if len(index_C) > rows:
                     sum_L += self._one(x_NF, y_N, index_C, weight_C)
                 elif len(index_C):
                     self._add(sum_L, x_NF[index_C], y_N[index_C], weight_C, count_U[first:last])
         return sum_L
 
-    def _add(self, sum_L: Tensor, x_CF: Tensor, y_C: Tensor, weight_C: Tensor, count_U: Tensor) -> None:
-        """A block of whole units."""
+    def _add(
+        self, sum_L: Tensor, x_CF: Tensor, y_C: Tensor, weight_C: Tensor, count_U: Tensor | None
+    ) -> None:
+        """A block of whole units of so many records each; None for one."""
         factors, square_M, bound_M = self._finite(x_CF, y_C)
         if not factors:
             return
-        if len(count_U) == len(x_CF) and bool((count_U == 1).all()):
-            own_M = torch.zeros(len(square_M), dtype=torch.float64)
-            own_M[: len(weight_C)] = weight_C
-            clip_M = clip_weights(square_M * own_M.square(), bound_M * own_M.square(), self.clip)
-            _add_weighted(sum_L, factors, own_M * clip_M)
+        if count_U is None:
+            own_M = self._of_block(weight_C)
+            own_square_M = own_M.square()
+            scaled_M = square_M * own_square_M
+            scaled_bound_M = scaled_M if bound_M is square_M else bound_M * own_square_M
+            _add_weighted(sum_L, factors, clip_weights(scaled_M, scaled_bound_M, self.clip).mul_(own_M))
             return
         start_U = torch.cumsum(count_U, 0) - count_U
         # Units of about as many records at a time: padded to a number that is the unit's own affair.
@@ -185,8 +228,7 @@ class ClippedSum:
             index = index_C[start : start + rows]
             factors, _, bound_M = self._finite(x_NF[index], y_N[index])
             if factors:
-                weight_M = torch.zeros(rows, dtype=torch.float64)
-                weight_M[: len(index)] = weight_C[start : start + rows]
+                weight_M = self._of_block(weight_C[start : start + rows])
                 _add_weighted(sum_L, factors, weight_M)
                 bound += weight_M @ bound_M.sqrt()
         return sum_L * clip_weights(sum_L.square().sum(), bound.square(), self.clip)
@@ -198,8 +240,9 @@ class ClippedSum:
             none = torch.zeros(0, dtype=torch.float64)
             return factors, none, none
         square_M, bound_M = norms(factors)
-        bad_M = ~torch.isfinite(bound_M)
-        if bad_M.any():
+        # A sum of what is not negative: finite if all are, and nothing overflowed.
+        if not math.isfinite(bound_M.sum().item()):
+            bad_M = ~torch.isfinite(bound_M)
             found = int(bad_M[: len(x_CF)].sum())
             if found and not self.not_finite:
                 # Not how many, and once a round.
@@ -210,10 +253,16 @@ class ClippedSum:
         return factors, square_M, bound_M
 
 
+    def _of_block(self, weight_C: Tensor) -> Tensor:
+        """Weights of all rows of a block, those of the rows that are left zero."""
+        weight_M = torch.zeros(self.bookkeeper.rows, dtype=torch.float64)
+        weight_M[: len(weight_C)] = weight_C
+        return weight_M
+
+
 def _add_weighted(sum_L: Tensor, factors: Sequence[Factor], weight_N: Tensor) -> None:
     for factor in factors:
-        for where, part in factor.summed(weight_N):
-            sum_L[where] += part
+        factor.add_to(sum_L, weight_N)
 
 
 def _blocks(count_U: Tensor, rows: int) -> Iterator[tuple[int, int, int, int]]:
@@ -225,6 +274,19 @@ def _blocks(count_U: Tensor, rows: int) -> Iterator[tuple[int, int, int, int]]:
         stop = int(end_U[last - 1])
         yield first, last, start, stop
         first, start = last, stop
+
+
+def _rows(expected: float, rate: float, numbers: int) -> int:
+    """Of a block, from public numbers alone: the study's batch and rate, and what a record's factors hold."""
+    # Two standard deviations of a binomial number above its mean.
+    usual = expected + 2 * math.sqrt(expected * (1 - rate))
+    blocks = max(1, round(usual / MOST_ROWS))
+    rows = ROWS * math.ceil(usual / blocks / ROWS)
+    return max(ROWS, min(rows, HELD_NUMBERS // numbers // ROWS * ROWS))
+
+
+def _said(kinds: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
 
 
 class _Trial:
@@ -245,6 +307,8 @@ class _Trial:
                     std=(1 + parameter[0].numel()) ** -0.5 if parameter.dim() > 1 else 1.0,
                     generator=self._random,
                 )
+        # As they stand in memory when the model is trained.
+        flattened(self._model)
 
     def _records(self, count: int) -> tuple[Tensor, Tensor]:
         """In the features' range; halves of 0 and 1 too, that may be somebody's indices."""

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -52,8 +52,8 @@ class Factor(ABC):
         """
 
     @abstractmethod
-    def summed(self, weight_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Of each parameter, where it is in the flat gradient, and the sum over the rows [..., P]."""
+    def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
+        """Add to the flat gradient [..., L] the sum over the rows, weighted; in float64."""
 
     @abstractmethod
     def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Factor:
@@ -90,14 +90,12 @@ class Explicit(Factor):
         square_N = _squares(self.gradient)
         return square_N, square_N if self.bound_N is None else self.bound_N
 
-    def summed(self, weight_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
         at_once = max(1, HELD_AT_ONCE * self.gradient.shape[-2] // max(1, self.gradient.numel()))
         parts = zip(weight_N.unsqueeze(-2).split(at_once, -1), self.gradient.split(at_once, -2), strict=True)
         # Not all of them at once in float64, which may be much.
-        total, *more = (weight @ part.double() for weight, part in parts)
-        for part in more:
-            total += part
-        yield self.where, total.squeeze(-2)
+        for weight, part in parts:
+            sum_L[..., self.where].add_((weight @ part.double()).squeeze(-2))
 
     def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Explicit:
         rows = self.gradient[..., index_UR, :].double() * weight_UR[..., None]
@@ -133,10 +131,17 @@ class Outer(Factor):
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def norms(self) -> tuple[Tensor, Tensor]:
+        if self.a.shape[-2] == 1:
+            a, g = self._rows
+            size_N = _squares(a).add_(self._with_bias).mul_(_squares(g))
+            return size_N, size_N
         size_NT = _squares(self.g) * (_squares(self.a) + self._with_bias)
-        if size_NT.shape[-1] == 1:
-            return size_NT[..., 0], size_NT[..., 0]
         return self._squared(), size_NT.sqrt().sum(-1).square()
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Of rows of one position, both in float64, [..., N, I] and [..., N, O]: for norms and for sums."""
+        return self.a.squeeze(-2).double(), self.g.squeeze(-2).double()
 
     def _squared(self) -> Tensor:
         """Of rows of several positions: by T x T products, or by the gradients: whichever is cheaper."""
@@ -155,12 +160,17 @@ class Outer(Factor):
         # Rounding may leave a sum that cancels a little below zero.
         return torch.cat(squares).clamp(min=0.0).reshape(self.a.shape[:-2])
 
-    def summed(self, weight_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        g = self.g.double() * weight_N[..., None, None]
-        matrix = g.flatten(-3, -2).mT @ self.a.double().flatten(-3, -2)
-        yield self.weight, matrix.flatten(-2)
+    def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
+        if self.a.shape[-2] == 1:
+            a, g = self._rows
+            g = g * weight_N[..., None]
+        else:
+            a = self.a.flatten(-3, -2).double()
+            g = (self.g.double() * weight_N[..., None, None]).flatten(-3, -2)
+        matrix = sum_L[..., self.weight].unflatten(-1, (g.shape[-1], a.shape[-1]))
+        (matrix.addmm_ if matrix.dim() == 2 else matrix.baddbmm_)(g.mT, a)
         if self.bias is not None:
-            yield self.bias, g.sum((-3, -2))
+            sum_L[..., self.bias].add_(g.sum(-2))
 
     def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Outer:
         g = self.g[..., index_UR, :, :] * weight_UR[..., None, None].to(self.g.dtype)
@@ -206,9 +216,10 @@ class Lookup(Factor):
         square_N = torch.where(same_NTT, g @ g.mT, 0.0).sum((-2, -1)).clamp(min=0.0)
         return square_N, size_NT.sqrt().sum(-1).square()
 
-    def summed(self, weight_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
         g = self.g.double() * weight_N[..., None, None]
-        yield self.where, self._at_words(g.flatten(-3, -2), self.index.flatten(-2)).flatten(-2)
+        table = self._at_words(g.flatten(-3, -2), self.index.flatten(-2))
+        sum_L[..., self.where].add_(table.flatten(-2))
 
     def _at_words(self, g: Tensor, index: Tensor) -> Tensor:
         table = g.new_zeros((*index.shape[:-1], self.words, g.shape[-1]))
@@ -243,7 +254,7 @@ def outer(a: Tensor, g: Tensor, weight: slice, bias: slice | None) -> Iterator[F
 def _squares(x: Tensor) -> Tensor:
     """Sums of squares over the last dimension."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-    return norm.square()
+    return norm.square_()
 
 
 # --- recording a pass ---
@@ -272,17 +283,19 @@ class Tape:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, rows: slice | None = None) -> Tensor:
         """`functional.linear` of [N, ..., I] with these rows of a matrix, recorded."""
-        rows = rows or slice(0, len(weight))
-        y = self.product(x, weight[rows], None if bias is None else bias[rows])
+        if rows is None:
+            y = self.product(x, weight, bias)
+        else:
+            y = self.product(x, weight[rows], None if bias is None else bias[rows])
         at = self.part(weight, rows), None if bias is None else self.part(bias, rows)
         self.watch([y], lambda g: outer(_positions(x), _positions(g), *at))
         return y
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`functional.linear`, not recorded."""
-        if not self.padded:
-            return functional.linear(x, weight, bias)
         outputs, inputs = (-size % WHOLE for size in weight.shape)
+        if not self.padded or not (outputs or inputs):
+            return functional.linear(x, weight, bias)
         weight = functional.pad(weight, (0, inputs, 0, outputs))
         bias = None if bias is None else functional.pad(bias, (0, outputs))
         y = functional.linear(functional.pad(x, (0, inputs)), weight, bias)
@@ -414,7 +427,9 @@ def _affine(
 ) -> Iterator[Factor]:
     for parameter, product in ((module.weight, normed * g), (module.bias, g)):
         if parameter is not None:
-            yield Explicit(product.reshape(len(g), -1, numbers).sum(1), tape.part(parameter))
+            by_position = product.reshape(len(g), -1, numbers)
+            once = by_position.shape[1] == 1
+            yield Explicit(by_position[:, 0] if once else by_position.sum(1), tape.part(parameter))
 
 
 def _recurrent(

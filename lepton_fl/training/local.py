@@ -8,7 +8,7 @@ public divisor, and a statement of the mechanism that really ran.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import is_
 from typing import Literal, Protocol
@@ -28,7 +28,7 @@ from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec
-from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum
+from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, flattened
 from lepton_fl.training.noise import Noise, drawing
 from lepton_fl.training.sampling import PoissonSampler
 from lepton_fl.training.units import RecordsOfUnits
@@ -163,23 +163,21 @@ def train_locally(
     load_arrays(model, arrays)
     model.train()
     ready = _Ready.of(model, table, plan)
-    clipped = ClippedSum(_bookkeeper(model, task, ready, plan.expected_batch), plan.clip)
+    clipped = ClippedSum(_bookkeeper(model, task, ready, plan), plan.clip)
     sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
-    optimizer = _LatticeOptimizer(inner_optimizer(model, plan), plan, noise, round)
+    flat_L = flattened(model)
+    optimizer = _LatticeOptimizer(flat_L, plan, noise, round)
     if plan.proximal_mu:
-        optimizer.attach_step_hook(_pull(model, plan.proximal_mu))
+        optimizer.attach_step_hook(_pull(flat_L, plan.proximal_mu))
     taken = 0
-    try:
+    with clipped.bookkeeper.recording(), drawing(noise.key("masks", round)):
         for step in range(plan.steps):
             sampled = torch.from_numpy(sampler.draw(step))
             index_B, owner_B, weight_B = ready.records.of(sampled, noise.key(f"records step {step}", round))
-            with drawing(noise.key(f"masks step {step}", round)):
-                sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled))
+            sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled))
             optimizer.sum_L = sum_L.numpy()
             optimizer.step()
             taken += 1
-    finally:
-        _forget(model)
     if plan.gradient_only:
         delta = unflatten(-optimizer.mean_L, arrays)
     else:
@@ -230,14 +228,15 @@ _TRIED: WeakKeyDictionary[nn.Module, tuple[object, int, bool]] = WeakKeyDictiona
 """What came of a model's trial. Neither of the two may hold the model, which would then never be freed."""
 
 
-def _bookkeeper(model: nn.Module, task: TaskSpec, ready: _Ready, expected: float) -> Bookkeeper:
+def _bookkeeper(model: nn.Module, task: TaskSpec, ready: _Ready, plan: LocalPlan) -> Bookkeeper:
     """A model's, tried once for all tables of one form; and again at other threads, which divide a block."""
     like = (ready.x_NF, ready.y_N)
-    form = (task, expected, torch.get_num_threads(), *((x.dtype, x.shape[1:]) for x in like))
+    expected, rate = plan.expected_batch, plan.sample_rate
+    form = (task, expected, rate, torch.get_num_threads(), *((x.dtype, x.shape[1:]) for x in like))
     known = _TRIED.get(model)
     if known is not None and known[0] == form:
         return Bookkeeper(model, task, rows=known[1], padded=known[2])
-    made = Bookkeeper.of(model, task, like=like, expected=expected)
+    made = Bookkeeper.of(model, task, like=like, expected=expected, rate=rate)
     _TRIED[model] = form, made.rows, made.padded
     return made
 
@@ -245,9 +244,9 @@ def _bookkeeper(model: nn.Module, task: TaskSpec, ready: _Ready, expected: float
 class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
     """Opacus's optimizer for sums that are clipped already, with noise on integers."""
 
-    def __init__(self, inner: torch.optim.Optimizer, plan: LocalPlan, noise: Noise, round: int) -> None:
+    def __init__(self, flat_L: nn.Parameter, plan: LocalPlan, noise: Noise, round: int) -> None:
         super().__init__(
-            inner,
+            inner_optimizer([flat_L], plan),
             noise_multiplier=0.0,
             max_grad_norm=plan.clip,
             expected_batch_size=plan.expected_batch,
@@ -256,11 +255,14 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         self.lattice = plan.lattice
         self.sum_L: NDArray[np.float64] = np.empty(0)
         """The next step's clipped sum."""
-        self.mean_L: NDArray[np.float64] = np.empty(0)
-        """The last step's gradient, with its noise."""
-        self._noise = noise
-        self._round = round
+        self._noised_L: NDArray[np.float64] = np.empty(0)
+        self._flat_L, self._noise, self._round = flat_L, noise, round
         self._steps = 0
+
+    @property
+    def mean_L(self) -> NDArray[np.float64]:
+        """The last step's gradient, with its noise."""
+        return self._noised_L / self.expected_batch_size
 
     def accumulate(self) -> None:
         """Nothing: `sum_L` is whole. In float64, and not in the parameters' own type, as Opacus would."""
@@ -271,12 +273,8 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         if self.lattice is not None:
             sum_L = noised(sum_L, self.lattice, self._noise, f"step {self._steps}", self._round)
         self._steps += 1
-        self.mean_L = sum_L / self.expected_batch_size
-        at = 0
-        for p in self.params:
-            part_L = torch.from_numpy(sum_L[at : at + p.numel()])
-            p.grad = part_L.reshape(p.shape).to(p.dtype)
-            at += p.numel()
+        self._noised_L = sum_L
+        self._flat_L.grad = torch.from_numpy(sum_L).to(self._flat_L.dtype)
 
 
 def noised(
@@ -292,31 +290,22 @@ def noised(
     return (words_L.view(np.int32) + drawn_L) / lattice.scale
 
 
-def _forget(model: nn.Module) -> None:
-    """Leave the model as plain as it was: no gradient, and none of Opacus's notes on its parameters."""
-    for parameter in model.parameters():
-        parameter.grad = None
-        vars(parameter).pop("summed_grad", None)
-
-
-def inner_optimizer(model: nn.Module, plan: LocalPlan) -> torch.optim.Optimizer:
+def inner_optimizer(parameters: Iterable[nn.Parameter], plan: LocalPlan) -> torch.optim.Optimizer:
     if plan.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=plan.lr)
-    return torch.optim.SGD(model.parameters(), lr=plan.lr)
+        return torch.optim.Adam(parameters, lr=plan.lr)
+    return torch.optim.SGD(parameters, lr=plan.lr)
 
 
-def _pull(model: nn.Module, mu: float) -> Callable[[DPOptimizer], None]:
-    """Adds the gradient of mu/2 |w - received|^2, FedProx's proximal term; `model` holds the received w.
+def _pull(flat_L: nn.Parameter, mu: float) -> Callable[[DPOptimizer], None]:
+    """Adds the gradient of mu/2 |w - received|^2, FedProx's proximal term; `flat_L` holds the received w.
 
     To be called after clip, noise and division: inside the clip it would take the records' share of it, and
     the noise would hide what needs no hiding.
     """
-    received = [parameter.detach().clone() for parameter in model.parameters()]
+    received_L = flat_L.detach().clone()
 
-    @torch.no_grad()
     def pull(_: DPOptimizer) -> None:
-        for parameter, start in zip(model.parameters(), received, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter - start, alpha=mu)
+        assert flat_L.grad is not None
+        flat_L.grad.add_(flat_L.detach() - received_L, alpha=mu)
 
     return pull

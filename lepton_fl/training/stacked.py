@@ -362,7 +362,7 @@ class _Chunk:
         flat = nn.Parameter(
             received_L if alike else received_L.repeat(len(self._parts), 1), requires_grad=False
         )
-        optimizer = inner_optimizer(nn.ParameterList([flat]), plan)
+        optimizer = inner_optimizer([flat], plan)
         taken, sum_KL = 0, np.empty(0)
         for step in range(plan.steps):
             stacked.flat = flat
@@ -414,8 +414,7 @@ class _Chunk:
             else:
                 factor_KS = clip_weights(square_KB, bound_KB, self._plan.clip) * weight_KSR[..., 0]
             for factor in factors:
-                for where, part_KP in factor.summed(factor_KS):
-                    sum_KL[:, where] += part_KP
+                factor.add_to(sum_KL, factor_KS)
         return sum_KL.numpy()
 
     def _batches(

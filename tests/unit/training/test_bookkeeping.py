@@ -1,6 +1,7 @@
 """Clipped sums by book-keeping: against Opacus, loops over records in float64, and faults planted."""
 
 import copy
+import dataclasses
 import logging
 
 import numpy as np
@@ -551,13 +552,15 @@ def fails(model, features=6):
 def test_a_wrong_rule_is_found(fault, monkeypatch):
     """One per cent off is a hundred times too much."""
     features, model = random_model("mlp")
-    own = {"norms": layers.Outer.norms, "sum": layers.Outer.summed}
+    own = {"norms": layers.Outer.norms, "sum": layers.Outer.add_to}
     if fault == "norms":
         monkeypatch.setattr(layers.Outer, "norms", lambda s: tuple(1.01 * n for n in own["norms"](s)))
     elif fault == "sum":
-        monkeypatch.setattr(layers.Outer, "summed", lambda s, w: own["sum"](s, 1.01 * w))
+        monkeypatch.setattr(layers.Outer, "add_to", lambda s, to, w: own["sum"](s, to, 1.01 * w))
     else:
-        monkeypatch.setattr(layers.Outer, "summed", lambda s, w: list(own["sum"](s, w))[:1])
+        monkeypatch.setattr(
+            layers.Outer, "add_to", lambda s, to, w: own["sum"](dataclasses.replace(s, bias=None), to, w)
+        )
 
     assert "off by" in fails(model, features)
 
