@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.tasks.task import TaskSpec
+from lepton_fl.tasks.task import TaskSpec, device_of
+from lepton_fl.training.device import CPU, sent
 from lepton_fl.training.layers import Factor, Recorder, Tape, written_out
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,9 @@ class Bookkeeper:
         """
         kinds = {parameter.dtype for parameter in model.parameters()}
         if len(kinds) > 1:
-            raise ConfigError(f"model: parameters of {len(kinds)} types ({_said(kinds)}); they must be of one")
+            raise ConfigError(
+                f"model: parameters of {len(kinds)} types ({_said(kinds)}); they must be of one"
+            )
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 raise ConfigError(f"model: parameter {name!r} is frozen, and noise would move it")
@@ -163,12 +166,21 @@ class ClippedSum:
     bookkeeper: Bookkeeper
     clip: float
     not_finite: int = 0
-    """Records so far whose gradient is not finite, and so counts as zero. For the site's own eyes."""
+    """Records so far whose gradient is not finite, and so counts as zero. For the site's own eyes.
+
+    Those found on another device are in it after `collect`."""
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.bookkeeper.model)
+        """Where the sum is formed, and what is asked of as little as can be: it would be waited for."""
+        self._found_there = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __call__(
         self, x_NF: Tensor, y_N: Tensor, index_B: Tensor, owner_B: Tensor, weight_B: Tensor, units: int
     ) -> Tensor:
         """The sum [L] over so many units; record index_B[b] is of unit owner_B[b] (ascending).
+
+        It is formed where the model lies and the table, and stays there; who is in it is known on the CPU.
 
         **Formal guarantee.** One more unit moves it by at most clip * (1 + slack) in L2 norm, whatever its
         records and the parameters (docs/accounting.md). A unit's gradient is the weighted sum over its
@@ -176,17 +188,18 @@ class ClippedSum:
         overflow that a server provoked by its choice of parameters would otherwise say, without noise, that
         a certain record is there.
         """
-        sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
+        sum_L = self._zeros(self.bookkeeper.size)
         rows = self.bookkeeper.rows
         with self.bookkeeper.recording():
             if torch.equal(owner_B, torch.arange(units)):
                 # One record each, the common case.
                 for index_C, weight_C in zip(index_B.split(rows), weight_B.split(rows), strict=True):
+                    index_C = sent(index_C, self.device)
                     self._add(sum_L, x_NF[index_C], y_N[index_C], weight_C, None)
                 return sum_L
             count_U = torch.bincount(owner_B, minlength=units)
             for first, last, start, stop in _blocks(count_U, rows):
-                index_C, weight_C = index_B[start:stop], weight_B[start:stop]
+                index_C, weight_C = sent(index_B[start:stop], self.device), weight_B[start:stop]
                 if len(index_C) > rows:
                     sum_L += self._one(x_NF, y_N, index_C, weight_C)
                 elif len(index_C):
@@ -216,13 +229,13 @@ class ClippedSum:
             there_UR = place_R < count_U[of_room][:, None]
             index_UR = torch.where(there_UR, start_U[of_room][:, None] + place_R, 0)
             weight_UR = torch.where(there_UR, weight_C[index_UR], 0.0)
+            index_UR, weight_UR = sent(index_UR, self.device), sent(weight_UR, self.device)
             grouped = [factor.grouped(index_UR, weight_UR) for factor in factors]
             _add_weighted(sum_L, grouped, clip_weights(*norms(grouped), self.clip))
 
     def _one(self, x_NF: Tensor, y_N: Tensor, index_C: Tensor, weight_C: Tensor) -> Tensor:
         """One unit of more records than a block has, its gradient written out."""
-        sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
-        bound = torch.zeros((), dtype=torch.float64)
+        sum_L, bound = self._zeros(self.bookkeeper.size), self._zeros(())
         rows = self.bookkeeper.rows
         for start in range(0, len(index_C), rows):
             index = index_C[start : start + rows]
@@ -237,27 +250,38 @@ class ClippedSum:
         """Factors and norms, those of records that are not finite made zero."""
         factors = self.bookkeeper.factors(x_CF, y_C)
         if not factors:
-            none = torch.zeros(0, dtype=torch.float64)
+            none = self._zeros(0)
             return factors, none, none
         square_M, bound_M = norms(factors)
-        # A sum of what is not negative: finite if all are, and nothing overflowed.
-        if not math.isfinite(bound_M.sum().item()):
-            bad_M = ~torch.isfinite(bound_M)
-            found = int(bad_M[: len(x_CF)].sum())
-            if found and not self.not_finite:
-                # Not how many, and once a round.
-                log.warning("training: gradients of some records are not finite; they count as zero")
-            self.not_finite += found
-            factors = [factor.without(bad_M) for factor in factors]
-            square_M[bad_M], bound_M[bad_M] = 0.0, 0.0
-        return factors, square_M, bound_M
+        # A sum of what is not negative: finite if all are, and nothing overflowed. Another device is not asked,
+        # which would be waited for: there the few are overwritten in any case.
+        if self.device == CPU and math.isfinite(bound_M.sum().item()):
+            return factors, square_M, bound_M
+        bad_M = ~torch.isfinite(bound_M)
+        self._found_there += bad_M[: len(x_CF)].sum()
+        if self.device == CPU:
+            self.collect()
+        for known_M in (square_M, bound_M):
+            known_M.masked_fill_(bad_M, 0.0)
+        return [factor.without(bad_M) for factor in factors], square_M, bound_M
 
+    def collect(self) -> None:
+        """Count in `not_finite` what was found where the sum is formed, which is waited for."""
+        found = int(self._found_there)
+        if found and not self.not_finite:
+            # Not how many, and once a round.
+            log.warning("training: gradients of some records are not finite; they count as zero")
+        self.not_finite += found
+        self._found_there.zero_()
+
+    def _zeros(self, shape: int | tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def _of_block(self, weight_C: Tensor) -> Tensor:
         """Weights of all rows of a block, those of the rows that are left zero."""
         weight_M = torch.zeros(self.bookkeeper.rows, dtype=torch.float64)
         weight_M[: len(weight_C)] = weight_C
-        return weight_M
+        return sent(weight_M, self.device)
 
 
 def _add_weighted(sum_L: Tensor, factors: Sequence[Factor], weight_N: Tensor) -> None:
@@ -295,7 +319,9 @@ class _Trial:
     def __init__(self, model: nn.Module, task: TaskSpec, like: tuple[Tensor, Tensor]) -> None:
         self._task, (self._x, self._y) = task, like
         self._random = torch.Generator().manual_seed(1)
-        self._model = copy.deepcopy(model)
+        self._device = device_of(model)
+        # On the CPU, whose generator is the one that is seeded here.
+        self._model = copy.deepcopy(model).to(CPU)
         for module in self._model.modules():
             # A drawn mask would be another for each pass.
             for name, value in (("p", 0.0), ("dropout", 0.0)):
@@ -307,6 +333,11 @@ class _Trial:
                     std=(1 + parameter[0].numel()) ** -0.5 if parameter.dim() > 1 else 1.0,
                     generator=self._random,
                 )
+        self._reference = self._model
+        """Passes back by itself: on the CPU and, where it judges another device, in float64."""
+        if self._device != CPU:
+            self._reference = copy.deepcopy(self._model).double()
+            self._model.to(self._device)
         # As they stand in memory when the model is trained.
         flattened(self._model)
 
@@ -315,7 +346,7 @@ class _Trial:
         x = torch.rand((count, *self._x.shape[1:]), generator=self._random)
         x = torch.where(x < 0.5, (4 * x).floor().clamp(max=1), 2 * x - 1)
         y = torch.randint(0, 2, (count, *self._y.shape[1:]), generator=self._random)
-        return x.to(self._x.dtype), y.to(self._y.dtype)
+        return x.to(self._device, self._x.dtype), y.to(self._device, self._y.dtype)
 
     def check_gradients(self, *, padded: bool = False) -> int:
         """Hold each record of a small block against its own backward pass.
@@ -336,12 +367,12 @@ class _Trial:
         except Exception as error:
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ConfigError(f"model: cannot be trained record by record: {why}") from error
-        square_M = norms(factors)[0] if factors else torch.zeros(ROWS, dtype=torch.float64)
+        square_M = norms(factors)[0].cpu() if factors else torch.zeros(ROWS, dtype=torch.float64)
         for n, own_L in enumerate(own):
-            found_L = torch.zeros(kept.size, dtype=torch.float64)
-            _add_weighted(found_L, factors, (torch.arange(ROWS) == n).double())
+            found_L = torch.zeros(kept.size, dtype=torch.float64, device=self._device)
+            _add_weighted(found_L, factors, (torch.arange(ROWS, device=self._device) == n).double())
             size = float(own_L.norm())
-            off = max(float((found_L - own_L).norm()), abs(float(square_M[n]) ** 0.5 - size))
+            off = max(float((found_L.cpu() - own_L).norm()), abs(float(square_M[n]) ** 0.5 - size))
             if not off <= TOLERANCE * size:
                 raise ConfigError(
                     f"model: gradients of single records are off by {off / (size or 1):.2g}, allowed "
@@ -350,8 +381,10 @@ class _Trial:
         return max(1, sum(part.numel() for factor in factors for part in factor.parts()) // ROWS)
 
     def _own(self, x_1F: Tensor, y_1: Tensor) -> Tensor:
-        parameters = list(self._model.parameters())
-        loss = self._task.loss(self._model(x_1F), y_1)
+        parameters = list(self._reference.parameters())
+        if self._device != CPU:
+            x_1F, y_1 = (z.cpu().double() if z.is_floating_point() else z.cpu() for z in (x_1F, y_1))
+        loss = self._task.loss(self._reference(x_1F), y_1)
         found: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
         flat = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
         return torch.cat([g.flatten() for g in flat]).double()
@@ -364,7 +397,7 @@ class _Trial:
         with kept.recording():
             here = kept.factors(x, y)
             for _ in range(2):
-                order_M = torch.randperm(rows, generator=self._random)
+                order_M = torch.randperm(rows, generator=self._random).to(self._device)
                 moved = order_M[: rows // 2 + 1]
                 x_M, y_M = others[0].clone(), others[1].clone()
                 x_M[moved], y_M[moved] = x[: len(moved)], y[: len(moved)]

@@ -62,11 +62,6 @@ def choose_device(asked: str, *, file: str) -> Device:
     return Device(name="cpu", said="cpu")
 
 
-def device_of(model: torch.nn.Module) -> torch.device:
-    """Where a model lies, and so is trained."""
-    return next((parameter.device for parameter in model.parameters()), CPU)
-
-
 @contextmanager
 def whole_precision(device: torch.device) -> Iterator[None]:
     """Within, what is computed on a CUDA device has float32's 24 bits, by kernels that are not chosen by time.

@@ -27,8 +27,9 @@ from lepton_fl.privacy.guarantee import Guarantee
 from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
-from lepton_fl.tasks.task import TaskSpec
+from lepton_fl.tasks.task import TaskSpec, device_of
 from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, flattened
+from lepton_fl.training.device import sent, whole_precision
 from lepton_fl.training.noise import Noise, drawing
 from lepton_fl.training.sampling import PoissonSampler
 from lepton_fl.training.units import RecordsOfUnits
@@ -146,7 +147,10 @@ def train_locally(
     noise: Noise,
     round: int,
 ) -> LocalUpdate:
-    """`plan.steps` steps of DP-SGD from `arrays` on `table`.
+    """`plan.steps` steps of DP-SGD from `arrays` on `table`, on the device where `model` lies.
+
+    On another device than the CPU are the table, the passes, clipping and the float64 sum of a step; who is
+    sampled, rounding and noise are the CPU's on every device.
 
     **Formal guarantee.** Each step releases the sum over sampled units of clip(sum, or mean, over the unit's
     records, or `most_records` of them, of the gradient), as integers on the plan's lattice with a discrete
@@ -162,6 +166,19 @@ def train_locally(
     """
     load_arrays(model, arrays)
     model.train()
+    with whole_precision(device_of(model)):
+        return _train(model, task, arrays, table, plan, noise, round)
+
+
+def _train(
+    model: nn.Module,
+    task: TaskSpec,
+    arrays: Arrays,
+    table: Trainable,
+    plan: LocalPlan,
+    noise: Noise,
+    round: int,
+) -> LocalUpdate:
     ready = _Ready.of(model, table, plan)
     clipped = ClippedSum(_bookkeeper(model, task, ready, plan), plan.clip)
     sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
@@ -170,14 +187,16 @@ def train_locally(
     if plan.proximal_mu:
         optimizer.attach_step_hook(_pull(flat_L, plan.proximal_mu))
     taken = 0
-    with clipped.bookkeeper.recording(), drawing(noise.key("masks", round)):
+    with clipped.bookkeeper.recording(), drawing(noise.key("masks", round), clipped.device):
         for step in range(plan.steps):
             sampled = torch.from_numpy(sampler.draw(step))
             index_B, owner_B, weight_B = ready.records.of(sampled, noise.key(f"records step {step}", round))
             sum_L = clipped(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled))
-            optimizer.sum_L = sum_L.numpy()
+            # Where the model is on another device, the one time in a step that it is waited for.
+            optimizer.sum_L = sum_L.cpu().numpy()
             optimizer.step()
             taken += 1
+    clipped.collect()
     if plan.gradient_only:
         delta = unflatten(-optimizer.mean_L, arrays)
     else:
@@ -202,17 +221,18 @@ class _Ready:
     y_N: Tensor
     records: RecordsOfUnits
     made_of: tuple[object, ...]
-    numbers: tuple[int, int | None, bool]
+    numbers: tuple[int, int | None, bool, torch.device]
 
     @classmethod
     def of(cls, model: nn.Module, table: Trainable, plan: LocalPlan) -> _Ready:
         made_of = (table.x_NF, table.y_N, table.unit_N)
-        numbers = (table.units, plan.most_records, plan.mean_of_records)
+        device = device_of(model)
+        numbers = (table.units, plan.most_records, plan.mean_of_records, device)
         found = _READY.get(model)
         if found is None or found.numbers != numbers or not all(map(is_, found.made_of, made_of)):
             found = cls(
-                x_NF=torch.from_numpy(table.x_NF),
-                y_N=torch.from_numpy(table.y_N),
+                x_NF=torch.from_numpy(table.x_NF).to(device),
+                y_N=torch.from_numpy(table.y_N).to(device),
                 records=RecordsOfUnits(
                     table.unit_N, table.units, most=plan.most_records, mean=plan.mean_of_records
                 ),
@@ -232,7 +252,7 @@ def _bookkeeper(model: nn.Module, task: TaskSpec, ready: _Ready, plan: LocalPlan
     """A model's, tried once for all tables of one form; and again at other threads, which divide a block."""
     like = (ready.x_NF, ready.y_N)
     expected, rate = plan.expected_batch, plan.sample_rate
-    form = (task, expected, rate, torch.get_num_threads(), *((x.dtype, x.shape[1:]) for x in like))
+    form = (task, expected, rate, torch.get_num_threads(), *((x.dtype, x.shape[1:], x.device) for x in like))
     known = _TRIED.get(model)
     if known is not None and known[0] == form:
         return Bookkeeper(model, task, rows=known[1], padded=known[2])
@@ -274,7 +294,7 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
             sum_L = noised(sum_L, self.lattice, self._noise, f"step {self._steps}", self._round)
         self._steps += 1
         self._noised_L = sum_L
-        self._flat_L.grad = torch.from_numpy(sum_L).to(self._flat_L.dtype)
+        self._flat_L.grad = sent(torch.from_numpy(sum_L).to(self._flat_L.dtype), self._flat_L.device)
 
 
 def noised(

@@ -1,0 +1,47 @@
+"""Training on a device that is not the CPU, without one: on ordinary memory that torch takes for another's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CASES = 60
+"""At least, so that nobody leaves them out unseen."""
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The device, compiled."""
+    sys.path.insert(0, str(HERE))
+    try:
+        import other_device
+    finally:
+        sys.path.remove(str(HERE))
+    if other_device.COMPILER is None:
+        pytest.skip("no C++ compiler (g++ or clang++) is installed, to make the test's device")
+    return other_device.compiled(tmp_path_factory.mktemp("device"))
+
+
+@pytest.mark.slow
+def test_training_on_another_device(library, tmp_path):
+    """In a process of its own: once torch knows a device, every later test of the same process would see it."""
+    python_path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inside'}"]
+
+    done = subprocess.run(  # noqa: S603 - the command is ours
+        [sys.executable, "-m", "pytest", *options, str(HERE / "on_other_device.py")],
+        env={**os.environ, "OTHER_DEVICE": str(library), "PYTHONPATH": python_path},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= CASES
