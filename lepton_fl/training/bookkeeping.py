@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.tasks.task import TaskSpec, device_of
-from lepton_fl.training.device import CPU, sent
+from lepton_fl.tasks.task import BINARY, TaskSpec, device_of
+from lepton_fl.training.device import CPU, sent, whole_precision
 from lepton_fl.training.layers import Factor, Recorder, Tape, written_out
 
 log = logging.getLogger(__name__)
@@ -194,8 +194,8 @@ class ClippedSum:
             if torch.equal(owner_B, torch.arange(units)):
                 # One record each, the common case.
                 for index_C, weight_C in zip(index_B.split(rows), weight_B.split(rows), strict=True):
-                    index_C = sent(index_C, self.device)
-                    self._add(sum_L, x_NF[index_C], y_N[index_C], weight_C, None)
+                    there_C = sent(index_C, self.device)
+                    self._add(sum_L, x_NF[there_C], y_N[there_C], weight_C, None)
                 return sum_L
             count_U = torch.bincount(owner_B, minlength=units)
             for first, last, start, stop in _blocks(count_U, rows):
@@ -253,8 +253,8 @@ class ClippedSum:
             none = self._zeros(0)
             return factors, none, none
         square_M, bound_M = norms(factors)
-        # A sum of what is not negative: finite if all are, and nothing overflowed. Another device is not asked,
-        # which would be waited for: there the few are overwritten in any case.
+        # A sum of what is not negative: finite if all are, and nothing overflowed. Another device is not
+        # asked, which would be waited for: there the few, if any, are overwritten in any case.
         if self.device == CPU and math.isfinite(bound_M.sum().item()):
             return factors, square_M, bound_M
         bad_M = ~torch.isfinite(bound_M)
@@ -307,6 +307,30 @@ def _rows(expected: float, rate: float, numbers: int) -> int:
     blocks = max(1, round(usual / MOST_ROWS))
     rows = ROWS * math.ceil(usual / blocks / ROWS)
     return max(ROWS, min(rows, HELD_NUMBERS // numbers // ROWS * ROWS))
+
+
+def tried_on(device: torch.device) -> str:
+    """What comes of the trial of a small network on this device, in one line.
+
+    Raises:
+        ConfigError: it computes something else than the CPU does, or nothing.
+    """
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 1), nn.Flatten(0))
+    like = torch.empty(0, 30), torch.empty(0)
+    try:
+        with whole_precision(device):
+            kept = Bookkeeper.of(model.to_empty(device=device), BINARY, like=like, expected=256.0)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device}: {str(error).splitlines()[0]}") from error
+    alike = (
+        "each by itself"
+        if kept.rows == 1
+        else "rows alike with padded matrices"
+        if kept.padded
+        else "rows alike"
+    )
+    return f"on trial: gradients are the CPU's, {alike}"
 
 
 def _said(kinds: Iterable[torch.dtype]) -> str:

@@ -96,19 +96,18 @@ def drawing(key: bytes, device: torch.device = CPU) -> Iterator[None]:
             yield
         return
     module = torch.get_device_module(device)
-    index = module.current_device() if device.index is None else device.index
-    with torch.random.fork_rng(devices=[index], device_type=device.type):
+    with torch.random.fork_rng(devices=[device.index], device_type=device.type):
         torch.set_rng_state(state)
-        before = module.get_rng_state(index)
-        if len(before) == _PHILOX:
+        before = module.get_rng_state(device)
+        if before.numel() == _PHILOX:
             own = words[_WORDS:].astype("<u4").view("<u8") & np.array([2**64 - 1, _OFFSETS], "<u8")
-            module.set_rng_state(torch.from_numpy(own.view(np.uint8)), index)
+            module.set_rng_state(torch.from_numpy(own.view(np.uint8)), device)
             yield
             return
         yield
-        if not torch.equal(module.get_rng_state(index), before):
+        if not torch.equal(module.get_rng_state(device), before):
             raise ConfigError(
-                f"model: draws on {device.type}, whose generator has a state of {len(before)} bytes; {_PHILOX} "
-                "are known here, and what it drew is no secret",
+                f"model: draws on {device.type}, whose generator has a state of {before.numel()} bytes; "
+                f"{_PHILOX} are known here, and what it drew is no secret",
                 fix='set device = "cpu" under [runtime] in site.toml',
             )

@@ -25,7 +25,7 @@ from lepton_fl.training.local import NO_CLIP
 from lepton_fl.training.noise import drawing
 
 other_device.load(Path(os.environ["OTHER_DEVICE"]))
-OTHER = torch.device("other")
+OTHER = torch.device("other", 0)
 
 FEATURES = 16
 UPLOADS_OF_A_BLOCK = 2
@@ -183,13 +183,15 @@ def assert_alike(model, table, plan):
 
 def test_it_is_another_device():
     """As on a GPU, what is computed from tensors of both is refused, an index too."""
-    here, there = torch.ones(3, 3), torch.ones(3, 3, device=OTHER)
+    here, there, one = torch.ones(3, 3), torch.ones(3, 3, device=OTHER), torch.tensor([1])
 
-    for mixed in (lambda: here + there, lambda: there @ here, lambda: there[torch.tensor([1])]):
+    for mixed, *given in ((torch.add, here, there), (torch.mm, there, here), (torch.take, there, one)):
         with pytest.raises(RuntimeError, match="same device"):
-            mixed()
+            mixed(*given)
+    with pytest.raises(RuntimeError, match="same device"):
+        there[one]
     with pytest.raises(TypeError, match="to numpy"):
-        there.numpy()
+        np.asarray(there)
 
 
 # --- updates ---
@@ -234,7 +236,7 @@ def test_padded_matrices(monkeypatch):
     monkeypatch.setattr(
         bookkeeping._Trial,
         "rows_alike",
-        lambda self, rows, *, padded=False: padded and alike(self, rows, padded=True),
+        lambda self, rows, *, padded=False: padded and alike(self, rows, padded=padded),
     )
 
     assert_alike(made("mlp"), ALONE, PLAN)

@@ -23,7 +23,7 @@ def compiled(into: Path) -> Path:
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     for folder in library_paths():
         command += [f"-L{folder}", f"-Wl,-rpath,{folder}"]
-    subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True, timeout=600)  # noqa: S603 - the command is ours
+    subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True, timeout=600)
     return library
 
 

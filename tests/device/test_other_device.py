@@ -1,4 +1,4 @@
-"""Training on a device that is not the CPU, without one: on ordinary memory that torch takes for another's."""
+"""Training on a device that is not the CPU, where there is none: on memory that torch takes for one."""
 
 import os
 import re
@@ -28,11 +28,11 @@ def library(tmp_path_factory):
 
 @pytest.mark.slow
 def test_training_on_another_device(library, tmp_path):
-    """In a process of its own: once torch knows a device, every later test of the same process would see it."""
+    """In a process of its own: what torch knows of a device it does not forget."""
     python_path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inside'}"]
 
-    done = subprocess.run(  # noqa: S603 - the command is ours
+    done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / "on_other_device.py")],
         env={**os.environ, "OTHER_DEVICE": str(library), "PYTHONPATH": python_path},
         cwd=HERE.parents[1],
