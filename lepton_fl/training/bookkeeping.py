@@ -84,7 +84,9 @@ class Bookkeeper:
     rows: int
     """M, of every block."""
     padded: bool = False
-    """Whether matrices have zeros around them."""
+    """Whether matrices have zeros around them, where their sides are not whole."""
+    numbers: int = 1
+    """That a record's factors hold, about."""
 
     def __post_init__(self) -> None:
         where, at = {}, 0
@@ -128,7 +130,7 @@ class Bookkeeper:
             if not trial.rows_alike(rows, padded=True):
                 log.warning("model: rows of a block round differently: each record is computed by itself")
                 rows = 1
-        kept = cls(model, task, rows, padded)
+        kept = cls(model, task, rows, padded, numbers)
         for name, module, rule in kept._recorder.rules:
             if rule is written_out:
                 log.warning(
@@ -137,6 +139,11 @@ class Bookkeeper:
                     type(module).__name__,
                 )
         return kept
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a block takes, about: its factors, in float32 and float64, and what made them."""
+        return self.rows * self.numbers * (4 + 8 + 4) + 2 * 8 * self.size
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -300,13 +307,17 @@ def _blocks(count_U: Tensor, rows: int) -> Iterator[tuple[int, int, int, int]]:
         first, start = last, stop
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether the machine had no more of it; torch has no class of its own for that."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _rows(expected: float, rate: float, numbers: int) -> int:
     """Of a block, from public numbers alone: the study's batch and rate, and what a record's factors hold."""
-    # Two standard deviations of a binomial number above its mean.
+    # Two standard deviations of a binomial number above its mean: seldom a second block.
     usual = expected + 2 * math.sqrt(expected * (1 - rate))
-    blocks = max(1, round(usual / MOST_ROWS))
-    rows = ROWS * math.ceil(usual / blocks / ROWS)
-    return max(ROWS, min(rows, HELD_NUMBERS // numbers // ROWS * ROWS))
+    rows = min(ROWS * math.ceil(usual / ROWS), MOST_ROWS, HELD_NUMBERS // numbers // ROWS * ROWS)
+    return max(ROWS, rows)
 
 
 def tried_on(device: torch.device) -> str:
@@ -323,14 +334,8 @@ def tried_on(device: torch.device) -> str:
             kept = Bookkeeper.of(model.to_empty(device=device), BINARY, like=like, expected=256.0)
     except RuntimeError as error:
         raise ConfigError(f"device {device}: {str(error).splitlines()[0]}") from error
-    alike = (
-        "each by itself"
-        if kept.rows == 1
-        else "rows alike with padded matrices"
-        if kept.padded
-        else "rows alike"
-    )
-    return f"on trial: gradients are the CPU's, {alike}"
+    how = "each by itself" if kept.rows == 1 else "rows alike" + ", matrices padded" * kept.padded
+    return f"on trial: gradients are the CPU's, {how}"
 
 
 def _said(kinds: Iterable[torch.dtype]) -> str:
@@ -389,6 +394,8 @@ class _Trial:
         except ConfigError:
             raise
         except Exception as error:
+            if lacks_memory(error):
+                raise
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ConfigError(f"model: cannot be trained record by record: {why}") from error
         square_M = norms(factors)[0].cpu() if factors else torch.zeros(ROWS, dtype=torch.float64)

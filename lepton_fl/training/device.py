@@ -64,7 +64,7 @@ def choose_device(asked: str, *, file: str) -> Device:
 
 @contextmanager
 def whole_precision(device: torch.device) -> Iterator[None]:
-    """Within, what is computed on a CUDA device has float32's 24 bits, by kernels that are not chosen by time.
+    """Within, a CUDA device computes with float32's 24 bits, and by kernels that are not chosen by time.
 
     TensorFloat-32 has 11 of them. A kernel that is chosen because it was the fastest at the moment may round
     otherwise the next time. Settings are the process's; they are afterwards what they were.

@@ -87,15 +87,28 @@ class Explicit(Factor):
         return (self.where,)
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        square_N = _squares(self.gradient)
+        square_N = _squares(self._double if self._is_small else self.gradient)
         return square_N, square_N if self.bound_N is None else self.bound_N
 
+    @property
+    def _is_small(self) -> bool:
+        return self.gradient.numel() <= HELD_AT_ONCE
+
+    @cached_property
+    def _double(self) -> Tensor:
+        """For norms and for sums, of one that is small."""
+        return self.gradient.double()
+
     def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
+        part = sum_L[..., self.where]
+        if self._is_small:
+            part.add_((weight_N.unsqueeze(-2) @ self._double).squeeze(-2))
+            return
         at_once = max(1, HELD_AT_ONCE * self.gradient.shape[-2] // max(1, self.gradient.numel()))
         parts = zip(weight_N.unsqueeze(-2).split(at_once, -1), self.gradient.split(at_once, -2), strict=True)
         # Not all of them at once in float64, which may be much.
-        for weight, part in parts:
-            sum_L[..., self.where].add_((weight @ part.double()).squeeze(-2))
+        for weight, gradient in parts:
+            part.add_((weight @ gradient.double()).squeeze(-2))
 
     def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Explicit:
         rows = self.gradient[..., index_UR, :].double() * weight_UR[..., None]
@@ -296,10 +309,11 @@ class Tape:
         outputs, inputs = (-size % WHOLE for size in weight.shape)
         if not self.padded or not (outputs or inputs):
             return functional.linear(x, weight, bias)
+        # Where there is nothing to add, padding would be a copy.
         weight = functional.pad(weight, (0, inputs, 0, outputs))
-        bias = None if bias is None else functional.pad(bias, (0, outputs))
-        y = functional.linear(functional.pad(x, (0, inputs)), weight, bias)
-        return y[..., : len(weight) - outputs].contiguous()
+        bias = functional.pad(bias, (0, outputs)) if outputs and bias is not None else bias
+        y = functional.linear(functional.pad(x, (0, inputs)) if inputs else x, weight, bias)
+        return y[..., : len(weight) - outputs].contiguous() if outputs else y
 
     def part(self, parameter: Tensor, rows: slice | None = None) -> slice:
         """Where these rows of a parameter are in the flat gradient; all of them by default."""

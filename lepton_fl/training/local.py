@@ -8,7 +8,8 @@ public divisor, and a statement of the mechanism that really ran.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
 from typing import Literal, Protocol
@@ -28,7 +29,7 @@ from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
 from lepton_fl.tasks.task import TaskSpec, device_of
-from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, flattened
+from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, flattened, lacks_memory
 from lepton_fl.training.device import sent, whole_precision
 from lepton_fl.training.noise import Noise, drawing
 from lepton_fl.training.sampling import PoissonSampler
@@ -163,31 +164,25 @@ def train_locally(
 
     Raises:
         ProtocolError: `arrays` do not fit the model or are not finite.
+        ConfigError: the model cannot be trained record by record, or not in this machine's memory.
     """
     load_arrays(model, arrays)
     model.train()
-    with whole_precision(device_of(model)):
-        return _train(model, task, arrays, table, plan, noise, round)
-
-
-def _train(
-    model: nn.Module,
-    task: TaskSpec,
-    arrays: Arrays,
-    table: Trainable,
-    plan: LocalPlan,
-    noise: Noise,
-    round: int,
-) -> LocalUpdate:
-    ready = _Ready.of(model, table, plan)
-    clipped = ClippedSum(_bookkeeper(model, task, ready, plan), plan.clip)
+    device = device_of(model)
+    with _enough_memory(f"the table on {device.type}"):
+        ready = _Ready.of(model, table, plan)
+    with _enough_memory("the trial of the model, on one block of the study's size"), whole_precision(device):
+        bookkeeper = _bookkeeper(model, task, ready, plan)
+    clipped = ClippedSum(bookkeeper, plan.clip)
     sampler = PoissonSampler(table.units, plan.sample_rate, noise.key("sample", round))
     flat_L = flattened(model)
     optimizer = _LatticeOptimizer(flat_L, plan, noise, round)
     if plan.proximal_mu:
         optimizer.attach_step_hook(_pull(flat_L, plan.proximal_mu))
     taken = 0
-    with clipped.bookkeeper.recording(), drawing(noise.key("masks", round), clipped.device):
+    needed = f"a step: a block of {bookkeeper.rows} records takes about {1 + (bookkeeper.memory >> 20)} MiB"
+    masks = drawing(noise.key("masks", round), device)
+    with _enough_memory(needed), whole_precision(device), bookkeeper.recording(), masks:
         for step in range(plan.steps):
             sampled = torch.from_numpy(sampler.draw(step))
             index_B, owner_B, weight_B = ready.records.of(sampled, noise.key(f"records step {step}", round))
@@ -244,7 +239,7 @@ class _Ready:
 
 
 _READY: WeakKeyDictionary[nn.Module, _Ready] = WeakKeyDictionary()
-_TRIED: WeakKeyDictionary[nn.Module, tuple[object, int, bool]] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[nn.Module, tuple[object, int, bool, int]] = WeakKeyDictionary()
 """What came of a model's trial. Neither of the two may hold the model, which would then never be freed."""
 
 
@@ -255,10 +250,24 @@ def _bookkeeper(model: nn.Module, task: TaskSpec, ready: _Ready, plan: LocalPlan
     form = (task, expected, rate, torch.get_num_threads(), *((x.dtype, x.shape[1:], x.device) for x in like))
     known = _TRIED.get(model)
     if known is not None and known[0] == form:
-        return Bookkeeper(model, task, rows=known[1], padded=known[2])
+        return Bookkeeper(model, task, *known[1:])
     made = Bookkeeper.of(model, task, like=like, expected=expected, rate=rate)
-    _TRIED[model] = form, made.rows, made.padded
+    _TRIED[model] = form, made.rows, made.padded, made.numbers
     return made
+
+
+@contextmanager
+def _enough_memory(what: str) -> Iterator[None]:
+    """One line in place of what torch or numpy say where there is too little for `what`."""
+    try:
+        yield
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise ConfigError(
+            f"training: this machine has too little memory for {what}",
+            fix="give this process more memory, or join studies with a smaller model or train.expected_batch",
+        ) from None
 
 
 class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
@@ -282,7 +291,8 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
     @property
     def mean_L(self) -> NDArray[np.float64]:
         """The last step's gradient, with its noise."""
-        return self._noised_L / self.expected_batch_size
+        mean_L: NDArray[np.float64] = self._noised_L / self.expected_batch_size
+        return mean_L
 
     def accumulate(self) -> None:
         """Nothing: `sum_L` is whole. In float64, and not in the parameters' own type, as Opacus would."""
@@ -325,7 +335,7 @@ def _pull(flat_L: nn.Parameter, mu: float) -> Callable[[DPOptimizer], None]:
     received_L = flat_L.detach().clone()
 
     def pull(_: DPOptimizer) -> None:
-        assert flat_L.grad is not None
-        flat_L.grad.add_(flat_L.detach() - received_L, alpha=mu)
+        if flat_L.grad is not None:
+            flat_L.grad.add_(flat_L.detach() - received_L, alpha=mu)
 
     return pull

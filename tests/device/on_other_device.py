@@ -216,7 +216,7 @@ def test_the_update_is_the_cpus(name, table):
         {"gradient_only": True, "steps": 1},
         {"sample_rate": 1e-9},
     ],
-    ids=lambda changes: " ".join(changes),
+    ids=" ".join,
 )
 def test_the_update_is_the_cpus_under_every_plan(changes):
     """Of units with several records."""

@@ -667,6 +667,33 @@ def test_padded_matrices_are_the_same_matrices(name):
     torch.testing.assert_close(padded, plain, rtol=1e-9, atol=1e-12)
 
 
+def test_a_padded_model_pads_only_where_a_side_is_not_whole(monkeypatch):
+    """Zeros around a matrix that needs none would be two copies a pass."""
+    features, padded, pad = 16, [], nn.functional.pad
+    model = one_logit(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 1))
+    x, y = records(features, 30)
+    kept = Bookkeeper(model, BINARY, 32, True)
+    monkeypatch.setattr(
+        layers.functional, "pad", lambda z, sides: padded.append(tuple(z.shape)) or pad(z, sides)
+    )
+    with kept.recording():
+        kept.factors(x, y)
+
+    assert padded == [(1, 16), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("expected", "rate", "rows"),
+    [(256, 1.0, 256), (256, 0.01, 288), (10, 0.5, 32), (4096, 1.0, 2048), (1 << 20, 0.01, 2048)],
+)
+def test_the_rows_of_a_block_are_of_public_numbers(expected, rate, rows):
+    """Two standard deviations of a binomial number above its mean; beyond the most, several blocks."""
+    found = bookkeeping._rows(expected, rate, 1)
+
+    assert found % bookkeeping.ROWS == 0
+    assert found == rows
+
+
 def test_where_rows_round_differently_matrices_are_padded(monkeypatch):
     """And tried again."""
     monkeypatch.setattr(bookkeeping._Trial, "rows_alike", lambda *_, padded=False: padded)

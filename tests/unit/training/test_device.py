@@ -32,7 +32,7 @@ def site():
 
     def make(device):
         raw = {"site": {"id": "north"}, "data": {"source": "a.csv"}, "runtime": {"device": device}}
-        return parse(SiteConfig, raw, "site.toml")
+        return parse(SiteConfig, raw, file="site.toml")
 
     return make
 
@@ -98,7 +98,11 @@ def test_the_doctor_says_what_the_trial_said(site, tmp_path):
 
 @pytest.mark.parametrize(
     ("alike", "says"),
-    [([True], "rows alike"), ([False, True], "with padded matrices"), ([False, False], "each by itself")],
+    [
+        ([True], "rows alike"),
+        ([False, True], "rows alike, matrices padded"),
+        ([False, False], "each by itself"),
+    ],
 )
 def test_a_trial_says_how_rows_were_treated(monkeypatch, alike, says):
     """As they are, with zeros around them, or one by one."""
@@ -195,5 +199,5 @@ def test_precisions_are_settled_in_training(make_model, make_records, plan, trai
 
     train(model, records, plan())
 
-    assert asked == [CPU]
+    assert asked == [CPU, CPU]
     assert score(model, bookkeeping.BINARY, records.x_NF).shape == (5,)

@@ -550,3 +550,84 @@ def test_draws_of_a_key_are_uniform_and_no_others():
     assert state[0] == 7
     assert (state < 1 << 32).all()
     assert len(np.unique(state)) == 624
+
+
+class Drawn(nn.Module):
+    """Remembers what it drew."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.drawn = nn.Linear(4, 1), []
+
+    def forward(self, x_BF):
+        self.drawn.append(torch.rand(8))
+        return self.line(x_BF).squeeze(-1)
+
+
+def test_masks_of_each_step_are_secret_and_others(make_records, plan, train):
+    """One secret state a round, that each step goes on with; nothing of what is drawn comes a second time."""
+    model, records = Drawn(), make_records([1] * 5)
+    train(model, records, plan())
+
+    found = []
+    for seed, round in ((1, 1), (1, 2), (2, 1)):
+        model.drawn.clear()
+        torch.manual_seed(7)
+        train(model, records, plan(steps=3), seed=seed, round=round)
+        found += model.drawn
+
+    known = torch.rand(1_000, generator=torch.Generator().manual_seed(7))
+    assert len(found) == 9
+    assert len({tuple(drawn.tolist()) for drawn in found}) == 9
+    assert not torch.isin(torch.cat(found), known).any()
+
+
+def test_a_round_leaves_the_parameters_as_they_travel(make_model, make_records, plan, train):
+    """They are views of one vector then, and still what their names say."""
+    model = make_model(4, [3])
+    start = arrays_of(model)
+    update = train(model, make_records([1] * 5), plan(steps=2))
+
+    for name, trained in arrays_of(model).items():
+        np.testing.assert_array_equal(trained - start[name], update.delta[name])
+
+
+def test_parameters_of_several_types_are_refused(make_model, make_records, plan, train):
+    """They cannot be one vector."""
+    model = make_model(4, [3])
+    model[0].double()
+
+    with pytest.raises(ConfigError, match=r"of 2 types \(float32, float64\)"):
+        train(model, make_records([1] * 5), plan())
+
+
+FAULTS = {
+    "torch": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 1099511627776 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "numpy": MemoryError("Unable to allocate 1.00 TiB for an array"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("tried", [False, True])
+def test_too_little_memory_is_one_line(fault, tried, make_model, make_records, plan, train, monkeypatch):
+    """It says what a block takes and what helps, in the trial and in a step; nothing is left of the round."""
+    model, records = make_model(4, [3]), make_records([1] * 5)
+    if tried:
+        train(model, records, plan())
+
+    def refused(*_):
+        raise FAULTS[fault]
+
+    monkeypatch.setattr(Bookkeeper, "factors", refused)
+    with pytest.raises(ConfigError) as caught:
+        train(model, records, plan())
+
+    assert caught.value.exit_code == 3
+    assert "too little memory for " in caught.value.message
+    assert ("block of 32 records takes about 1 MiB" in caught.value.message) is tried
+    assert "\n" not in str(caught.value)
+    assert "more memory" in caught.value.fix
+    assert list(left_behind(model, make_model(4, [3]))) == []
