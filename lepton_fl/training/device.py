@@ -47,7 +47,7 @@ def choose_device(asked: str, *, file: str) -> Device:
                 "driver",
             )
         name = torch.cuda.get_device_name()
-        return Device(name="cuda", said=f"cuda ({name}); sampling, noise and evaluation on the CPU")
+        return Device(name="cuda", said=f"cuda ({name}); sampling and noise on the CPU")
     if asked == "mps":
         raise ConfigError.at(
             file,
