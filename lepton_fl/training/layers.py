@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils._pytree import tree_map
@@ -197,7 +198,10 @@ class Outer(Factor):
 
     def explicit(self) -> Iterator[Explicit]:
         # A batched product: what becomes of one row depends on that row alone.
-        yield Explicit((self.g.mT @ self.a).flatten(-2), self.weight)
+        narrow = self.a.shape[-1] < WHOLE < self.g.shape[-1]
+        # A product of few columns is several times as slow as one of few rows.
+        product = (self.a.mT @ self.g).mT if narrow else self.g.mT @ self.a
+        yield Explicit(product.flatten(-2), self.weight)
         if self.bias is not None:
             yield Explicit(self.g.sum(-2), self.bias)
 
@@ -254,20 +258,34 @@ class Lookup(Factor):
 
 
 def outer(a: Tensor, g: Tensor, weight: slice, bias: slice | None) -> Iterator[Factor]:
-    """An outer product of [..., N, T, I] and [..., N, T, O], written out where that is the smaller."""
+    """An outer product of [..., N, T, I] and [..., N, T, O], written out where that is the cheaper."""
     positions, inputs, outputs = a.shape[-2], a.shape[-1], g.shape[-1]
     factor = Outer(a, g, weight, bias)
-    # Twice: positions cost their squares too, and products of single rows are float32.
-    if positions > 1 and inputs * outputs <= 2 * positions * (inputs + outputs):
+    if _is_written_out(positions, inputs, outputs):
         yield from factor.explicit()
     else:
         yield factor
 
 
+def _is_written_out(positions: int, inputs: int, outputs: int) -> bool:
+    """Whether that is the cheaper, as measured, and not much more to hold.
+
+    Products of single rows are float32, and twice as fast; but each entry is then read twice more.
+    """
+    entries, factors = inputs * outputs, positions * (inputs + outputs)
+    cheaper = 24 * entries <= positions * entries + (2 * positions + 10) * factors
+    return positions > 1 and cheaper and entries <= 4 * factors
+
+
 def _squares(x: Tensor) -> Tensor:
     """Sums of squares over the last dimension."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-    return norm.square_()
+    if x.numel() <= 4 * HELD_AT_ONCE:
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+        return norm.square_()
+    # Some at a time in float64: of many, what converts as it sums is several times as slow.
+    rows = x.flatten(0, -2).split(max(1, HELD_AT_ONCE // x.shape[-1]))
+    norms = [torch.linalg.vector_norm(part.double(), dim=-1) for part in rows]
+    return torch.cat(norms).square_().reshape(x.shape[:-1])
 
 
 # --- recording a pass ---
@@ -377,17 +395,30 @@ def _convolution(tape: Tape, module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor
     y: Tensor = module._conv_forward(x, module.weight, module.bias)
 
     def make(g: Tensor) -> Iterator[Factor]:
-        # The patches under each position, [N, T, I * kernel]: a view of overlapping windows, then one copy.
+        # The patches under each position, [N, *positions, I, *kernel]: a view of overlapping windows.
         padded = functional.pad(x.detach(), module._reversed_padding_repeated_twice).contiguous()
         of_rows, of_inputs, *of_pixels = padded.stride()
         by_position = [pixel * step for pixel, step in zip(of_pixels, module.stride, strict=True)]
         in_kernel = [pixel * step for pixel, step in zip(of_pixels, module.dilation, strict=True)]
-        a = padded.as_strided(
+        windows = padded.as_strided(
             (len(x), *g.shape[2:], padded.shape[1], *module.kernel_size),
             (of_rows, *by_position, of_inputs, *in_kernel),
-        ).reshape(len(x), g[0, 0].numel(), -1)
-        g = g.flatten(2).mT
+        )
+        positions, entries = g[0, 0].numel(), module.weight[0].numel()
         weight, bias = tape.part(module.weight), None if module.bias is None else tape.part(module.bias)
+        if module.groups == 1 and _is_written_out(positions, entries, len(module.weight)):
+            # Some rows at a time: what a cache holds is copied, and used, before it is the next rows' place.
+            g, at_once = g.flatten(2), max(1, HELD_AT_ONCE // 2 // (positions * entries))
+            gradient = g.new_empty(len(g), len(module.weight), entries)
+            rows = (z.split(at_once) for z in (windows, g, gradient))
+            for window, g_of_rows, out in zip(*rows, strict=True):
+                torch.bmm(g_of_rows, window.reshape(len(window), positions, entries), out=out)
+            yield Explicit(gradient.flatten(1), weight)
+            if bias is not None:
+                yield Explicit(g.sum(2), bias)
+            return
+        a = windows.reshape(len(x), positions, -1)
+        g = g.flatten(2).mT
         if module.groups == 1:
             yield from outer(a, g, weight, bias)
             return
@@ -409,7 +440,12 @@ def _embedding(tape: Tape, module: nn.Embedding, index: Tensor) -> Tensor:
         g = g.reshape(*flat.shape, -1)
         if module.padding_idx is not None:
             g = g * (flat != module.padding_idx)[..., None]
-        yield Lookup(flat, g, tape.part(module.weight), module.num_embeddings)
+        factor = Lookup(flat, g, tape.part(module.weight), module.num_embeddings)
+        # A table of few words is written out: its norm is otherwise that of T x T products.
+        if 1 < flat.shape[1] and module.num_embeddings <= 2 * flat.shape[1]:
+            yield from factor.explicit()
+        else:
+            yield factor
 
     tape.watch([y], make)
     return y
@@ -419,7 +455,7 @@ def _layer_norm(tape: Tape, module: nn.LayerNorm, x: Tensor) -> Tensor:
     y, mean, rstd = torch.native_layer_norm(
         x, list(module.normalized_shape), module.weight, module.bias, module.eps
     )
-    tape.watch([y], lambda g: _affine(tape, module, (x.detach() - mean) * rstd, g, module.weight.numel()))
+    tape.watch([y], lambda g: _affine(tape, module, (x.detach() - mean).mul_(rstd), g, module.weight.numel()))
     return y
 
 
@@ -439,7 +475,7 @@ def _group_norm(tape: Tape, module: nn.GroupNorm, x: Tensor) -> Tensor:
 def _affine(
     tape: Tape, module: nn.LayerNorm | nn.GroupNorm, normed: Tensor, g: Tensor, numbers: int
 ) -> Iterator[Factor]:
-    for parameter, product in ((module.weight, normed * g), (module.bias, g)):
+    for parameter, product in ((module.weight, normed.mul_(g)), (module.bias, g)):
         if parameter is not None:
             by_position = product.reshape(len(g), -1, numbers)
             once = by_position.shape[1] == 1
@@ -449,80 +485,223 @@ def _affine(
 def _recurrent(
     tape: Tape, module: nn.RNNBase, x: Tensor, first: Any = None
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-    """Step by step, since each step's gates have to be watched."""
-    x_TNI = x.transpose(0, 1) if module.batch_first else x
+    """Layer by layer, and direction by direction."""
+    x_NTI = x if module.batch_first else x.transpose(0, 1)
     directions = 2 if module.bidirectional else 1
     cells, lasts = isinstance(module, nn.LSTM), []
     for layer in range(module.num_layers):
         if layer and module.dropout:
-            x_TNI = functional.dropout(x_TNI, module.dropout, module.training)
+            x_NTI = functional.dropout(x_NTI, module.dropout, module.training)
         outputs = []
         for direction in range(directions):
             name = f"l{layer}" + "_reverse" * direction
             at = layer * directions + direction
             if first is None:
-                start = [x_TNI.new_zeros(x_TNI.shape[1], module.hidden_size)] * 2
+                start = [x_NTI.new_zeros(len(x_NTI), module.hidden_size)] * 2
             else:
                 start = [s[at] for s in (first if cells else (first,))]
-            steps = _Recurrence(tape, module, name).run(x_TNI.flip(0) if direction else x_TNI, start)
-            outputs.append(steps[0].flip(0) if direction else steps[0])
-            lasts.append(steps[1:])
-        x_TNI = torch.cat(outputs, -1)
+            hidden, c = _through_time(tape, module, name, x_NTI.flip(1) if direction else x_NTI, start)
+            outputs.append(hidden.flip(1) if direction else hidden)
+            lasts.append((hidden[:, -1], c))
+        x_NTI = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
     h, c = (torch.stack(last) for last in zip(*lasts, strict=True))
-    return x_TNI.transpose(0, 1) if module.batch_first else x_TNI, (h, c) if cells else h
+    return x_NTI if module.batch_first else x_NTI.transpose(0, 1), (h, c) if cells else h
 
 
-@dataclass(frozen=True)
-class _Recurrence:
-    """One layer of it in one direction."""
+def _through_time(
+    tape: Tape, module: nn.RNNBase, name: str, x_NTI: Tensor, start: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One layer in one direction: the hidden states [N, T, H], and the last state of the cells [N, H].
 
-    tape: Tape
-    module: nn.RNNBase
-    name: str
+    K gates, each by itself in memory, so that what works on single numbers has them in one piece.
+    """
+    kind, width = _CELLS[module.mode], module.hidden_size
+    rows, steps, _ = x_NTI.shape
 
-    def run(self, x_TNI: Tensor, start: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """All hidden states [T, N, H], the last one, and the last cell state."""
-        weights = [getattr(self.module, f"{kind}_{self.name}") for kind in ("weight_ih", "weight_hh")]
-        biases: list[Tensor | None] = [None, None]
-        if self.module.bias:
-            biases = [getattr(self.module, f"{kind}_{self.name}") for kind in ("bias_ih", "bias_hh")]
-        # unbind, whose gradient is one stack: that of an index would be a whole tensor a step.
-        inputs = self.tape.linear(x_TNI.transpose(0, 1), weights[0], biases[0]).unbind(1)
-        step = _STEPS[self.module.mode]
-        h, c = start[0], start[-1]
-        hidden, before, recurrent = [], [], []
-        for gates in inputs:
-            before.append(h)
-            recurrent.append(self.tape.product(h, weights[1], biases[1]))
-            recurrent[-1].requires_grad_()
-            h, c = step(gates, recurrent[-1], h, c)
-            hidden.append(h)
-        weight, bias = self.tape.part(weights[1]), None if biases[1] is None else self.tape.part(biases[1])
-        self.tape.watch(
-            recurrent,
-            lambda *g: outer(torch.stack(before, 1).detach(), torch.stack(g, 1), weight, bias),
-        )
-        return torch.stack(hidden), h, c
+    def whole(z: Tensor, *, sides: int) -> Tensor:
+        # A width that is padded is that of a wider layer, of which the rest is zero, and stays so.
+        of_each = [pad for size in reversed(z.shape[-sides:]) for pad in (0, -size % WHOLE)]
+        return functional.pad(z, of_each) if tape.padded else z
+
+    matrices, biases = [], []
+    for which, turn in (("ih", kind.apart), ("hh", 0)):
+        matrix = getattr(module, f"weight_{which}_{name}")
+        bias = getattr(module, f"bias_{which}_{name}") if module.bias else matrix.new_zeros(len(matrix))
+        matrices.append(whole(matrix.unflatten(0, (-1, width)).roll(turn, 0).mT, sides=2))
+        biases.append(whole(bias.unflatten(0, (-1, 1, width)).roll(turn, 0), sides=1))
+    h_NH, c_NH = (whole(z, sides=1) for z in (start[0], start[-1]))
+    x_MI = whole(x_NTI, sides=1).transpose(0, 1).flatten(0, 1)
+    gates_KTNH = torch.baddbmm(biases[0], x_MI.expand(len(matrices[0]), -1, -1), matrices[0])
+    gates_KTNH = gates_KTNH.unflatten(1, (steps, rows))
+    # What the recurrent matrix gives is nowhere whole: this stands for it, so that its gradient may be asked.
+    recurrent_KTNH = gates_KTNH.new_zeros(()).expand_as(gates_KTNH)
+    cell = kind(matrices[1], biases[1], gates_KTNH.detach(), h_NH.detach())
+
+    def make(of_gates: Tensor, of_recurrent: Tensor | None = None) -> Iterator[Factor]:
+        of_rows = of_gates if of_recurrent is None else of_recurrent
+        before_NTH = cell.states[:-1, :, :width].transpose(0, 1).contiguous()
+        yield from part("hh", before_NTH, of_rows)
+        x = x_NTI.detach()
+        if kind.apart:
+            last = len(of_gates) - kind.apart
+            yield from part("ih", x, of_gates[kind.apart :], slice(0, last * width))
+            yield from part("ih", x, of_gates[: kind.apart], slice(last * width, len(of_gates) * width))
+        else:
+            yield from part("ih", x, of_gates)
+
+    def part(which: str, a: Tensor, g_KTNH: Tensor, rows: slice | None = None) -> Iterator[Factor]:
+        g = g_KTNH[..., :width].permute(2, 1, 0, 3).flatten(2)
+        bias = tape.part(getattr(module, f"bias_{which}_{name}"), rows) if module.bias else None
+        yield from outer(a, g, tape.part(getattr(module, f"weight_{which}_{name}"), rows), bias)
+
+    tape.watch([gates_KTNH, recurrent_KTNH] if kind.apart else [gates_KTNH], make)
+    hidden_TNH, c_NH = _ThroughTime.apply(cell, gates_KTNH, recurrent_KTNH, h_NH, c_NH)
+    return hidden_TNH[..., :width].transpose(0, 1), c_NH[:, :width]
 
 
-def _gru_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    width = h.shape[-1]
-    reset, update = torch.sigmoid(gates[:, : 2 * width] + recurrent[:, : 2 * width]).chunk(2, -1)
-    new = torch.tanh(gates[:, 2 * width :] + reset * recurrent[:, 2 * width :])
-    return torch.lerp(new, h, update), c
+class _ThroughTime(torch.autograd.Function):
+    """A recurrence without a graph of its steps, and the gradient back through time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cell: _Cell, gates_KTNH: Tensor, _recurrent: Tensor, _h: Tensor, c_NH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for step in range(gates_KTNH.shape[1]):
+            c_NH = cell.forward(step, c_NH)
+        ctx.cell = cell
+        ctx.set_materialize_grads(False)
+        return cell.states[1:], c_NH.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TNH: Tensor | None, c_NH: Tensor | None) -> tuple[Tensor | None, ...]:
+        cell: _Cell = ctx.cell
+        h_NH = torch.zeros_like(cell.states[0])
+        c_NH = torch.zeros_like(h_NH) if c_NH is None else c_NH
+        gates, steps, *shape = cell.gates.shape
+        # One step is worked on where a cache holds it, and put with a row's others, as products want it.
+        now = h_NH.new_empty(gates + cell.apart, *shape)
+        g_NTKH = h_NH.new_empty(shape[0], steps, len(now), shape[1])
+        for step in reversed(range(steps)):
+            if g_TNH is not None:
+                h_NH = h_NH + g_TNH[step]
+            h_NH, c_NH = cell.backward(step, h_NH, c_NH, now)
+            g_NTKH[:, step] = now.transpose(0, 1)
+        g_KTNH = g_NTKH.permute(2, 1, 0, 3)
+        return None, g_KTNH[:gates], g_KTNH[-gates:] if cell.apart else None, h_NH, c_NH
 
 
-def _rnn_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - a step's form
-    return torch.tanh(gates + recurrent), c
+class _Cell(ABC):
+    """The steps of one layer in one direction, and what they leave for the way back."""
+
+    held = 0
+    """Numbers of a step and a width that the way back needs, besides the hidden states."""
+    apart = 0
+    """For so many gates, the last ones, the recurrent matrix gives what is not just added to what the other
+    gives, and has another gradient. Here they come first among what enters, and last among what recurs."""
+
+    def __init__(self, matrix_KHH: Tensor, bias_K1H: Tensor, gates_KTNH: Tensor, h_NH: Tensor) -> None:
+        self._matrix, self._bias, self.gates = matrix_KHH, bias_K1H, gates_KTNH
+        self._steps = gates_KTNH.shape[1]
+        self.states = h_NH.new_empty(self._steps + 1, *h_NH.shape)
+        """[T + 1, N, H]: before the first step, and after each."""
+        self.states[0] = h_NH
+        self._held = h_NH.new_empty(self.held, self._steps, *h_NH.shape)
+
+    def _recurrent(self, step: int) -> Tensor:
+        """What the recurrent matrix gives, [K, N, H]."""
+        return torch.baddbmm(self._bias, self.states[step].expand(len(self._matrix), -1, -1), self._matrix)
+
+    def _before(self, g_KNH: Tensor) -> Tensor:
+        """The gradient of a hidden state, by way of the recurrent matrix."""
+        first, *more = zip(g_KNH, self._matrix.mT, strict=True)
+        h_NH = first[0] @ first[1]
+        for g_NH, matrix_HH in more:
+            h_NH.addmm_(g_NH, matrix_HH)
+        return h_NH
+
+    @abstractmethod
+    def forward(self, step: int, c_NH: Tensor) -> Tensor:
+        """Write the next hidden state; returns the next state of the cells."""
+
+    @abstractmethod
+    def backward(
+        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of the gradients of both states after a step, those before it; those of the gates are written."""
 
 
-def _lstm_step(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - the same
-    entry, forget, new, out = (gates + recurrent).chunk(4, -1)
-    c = torch.sigmoid(forget) * c + torch.sigmoid(entry) * torch.tanh(new)
-    return torch.sigmoid(out) * torch.tanh(c), c
+class _Rnn(_Cell):
+    def forward(self, step: int, c_NH: Tensor) -> Tensor:
+        torch.tanh(self.gates[0, step] + self._recurrent(step)[0], out=self.states[step + 1])
+        return c_NH
+
+    def backward(
+        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _tanh_backward(h_NH, self.states[step + 1], grad_input=now_KNH[0])
+        return self._before(now_KNH), c_NH
 
 
-_STEPS = {"RNN_TANH": _rnn_step, "GRU": _gru_step, "LSTM": _lstm_step}
+class _Gru(_Cell):
+    held = 4
+    apart = 1
+
+    def forward(self, step: int, c_NH: Tensor) -> Tensor:
+        gates, recurrent = self.gates[:, step], self._recurrent(step)
+        reset, update, new, given = self._held[:, step]
+        torch.add(gates[1:], recurrent[:2], out=self._held[:2, step]).sigmoid_()
+        given.copy_(recurrent[2])
+        torch.addcmul(gates[0], reset, given, out=new).tanh_()
+        torch.lerp(new, self.states[step], update, out=self.states[step + 1])
+        return c_NH
+
+    def backward(
+        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        reset, update, new, given = self._held[:, step]
+        kept, of_both = h_NH * update, now_KNH[1:3]
+        of_new, of_reset, of_update, of_given = now_KNH
+        _tanh_backward(h_NH - kept, new, grad_input=of_new)
+        torch.mul(of_new, reset, out=of_given)
+        torch.mul(of_new, given, out=of_reset)
+        torch.sub(self.states[step], new, out=of_update).mul_(h_NH)
+        _sigmoid_backward(of_both, self._held[:2, step], grad_input=of_both)
+        return self._before(now_KNH[1:]).add_(kept), c_NH
+
+
+class _Lstm(_Cell):
+    held = 6
+
+    def forward(self, step: int, c_NH: Tensor) -> Tensor:
+        entry, forget, new, out, before, shown = self._held[:, step]
+        torch.add(self.gates[:, step], self._recurrent(step), out=self._held[:4, step])
+        self._held[:2, step].sigmoid_()
+        new.tanh_()
+        out.sigmoid_()
+        before.copy_(c_NH)
+        c_NH = (forget * c_NH).addcmul_(entry, new)
+        torch.mul(out, torch.tanh(c_NH, out=shown), out=self.states[step + 1])
+        return c_NH
+
+    def backward(
+        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        entry, forget, new, out, before, shown = self._held[:, step]
+        of_entry, of_forget, of_new, of_out = now_KNH
+        _tanh_backward(h_NH * out, shown, grad_input=of_out)
+        c_NH = c_NH + of_out
+        torch.mul(c_NH, new, out=of_entry)
+        torch.mul(c_NH, before, out=of_forget)
+        _tanh_backward(c_NH * entry, new, grad_input=of_new)
+        _sigmoid_backward(h_NH * shown, out, grad_input=of_out)
+        _sigmoid_backward(now_KNH[:2], self._held[:2, step], grad_input=now_KNH[:2])
+        return self._before(now_KNH), c_NH * forget
+
+
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+_CELLS: dict[str, type[_Cell]] = {"RNN_TANH": _Rnn, "GRU": _Gru, "LSTM": _Lstm}
 
 
 def _attention(
@@ -606,7 +785,7 @@ def _rule(module: nn.Module) -> Rule | None:
         return _layer_norm
     if kind is nn.GroupNorm:
         return _group_norm
-    if kind in (nn.RNN, nn.GRU, nn.LSTM) and module.mode in _STEPS and not module.proj_size:
+    if kind in (nn.RNN, nn.GRU, nn.LSTM) and module.mode in _CELLS and not module.proj_size:
         return _recurrent
     if kind is nn.MultiheadAttention and not module.add_zero_attn:
         # Not with keys and values of other widths, or of its own.
