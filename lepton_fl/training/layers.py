@@ -625,9 +625,7 @@ class _Cell(ABC):
         """Write the next hidden state; returns the next state of the cells."""
 
     @abstractmethod
-    def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor) -> tuple[Tensor, Tensor]:
         """Of the gradients of both states after a step, those before it; those of the gates are written."""
 
 
@@ -636,9 +634,7 @@ class _Rnn(_Cell):
         torch.tanh(self.gates[0, step] + self._recurrent(step)[0], out=self.states[step + 1])
         return c_NH
 
-    def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor) -> tuple[Tensor, Tensor]:
         _tanh_backward(h_NH, self.states[step + 1], grad_input=now_KNH[0])
         return self._before(now_KNH), c_NH
 
@@ -656,9 +652,7 @@ class _Gru(_Cell):
         torch.lerp(new, self.states[step], update, out=self.states[step + 1])
         return c_NH
 
-    def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor) -> tuple[Tensor, Tensor]:
         reset, update, new, given = self._held[:, step]
         kept, of_both = h_NH * update, now_KNH[1:3]
         of_new, of_reset, of_update, of_given = now_KNH
@@ -684,9 +678,7 @@ class _Lstm(_Cell):
         torch.mul(out, torch.tanh(c_NH, out=shown), out=self.states[step + 1])
         return c_NH
 
-    def backward(
-        self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, step: int, h_NH: Tensor, c_NH: Tensor, now_KNH: Tensor) -> tuple[Tensor, Tensor]:
         entry, forget, new, out, before, shown = self._held[:, step]
         of_entry, of_forget, of_new, of_out = now_KNH
         _tanh_backward(h_NH * out, shown, grad_input=of_out)

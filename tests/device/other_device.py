@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import types
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ def compiled(into: Path) -> Path:
     return library
 
 
+@cache
 def load(library: Path) -> None:
     """Make torch know it, for the rest of this process; before its first backward pass."""
     torch.utils.rename_privateuse1_backend("other")
