@@ -114,6 +114,8 @@ class Bookkeeper:
             ConfigError: the model cannot be trained record by record.
         """
         kinds = {parameter.dtype for parameter in model.parameters()}
+        if not kinds:
+            raise ConfigError("model: it has no parameters to train")
         if len(kinds) > 1:
             raise ConfigError(
                 f"model: parameters of {len(kinds)} types ({_said(kinds)}); they must be of one"

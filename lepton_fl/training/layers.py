@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -88,28 +88,17 @@ class Explicit(Factor):
         return (self.where,)
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        square_N = _squares(self._double if self._is_small else self.gradient)
+        square_N = _squares(self.gradient)
         return square_N, square_N if self.bound_N is None else self.bound_N
-
-    @property
-    def _is_small(self) -> bool:
-        return self.gradient.numel() <= HELD_AT_ONCE
-
-    @cached_property
-    def _double(self) -> Tensor:
-        """For norms and for sums, of one that is small."""
-        return self.gradient.double()
 
     def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
         part = sum_L[..., self.where]
-        if self._is_small:
-            part.add_((weight_N.unsqueeze(-2) @ self._double).squeeze(-2))
-            return
         at_once = max(1, HELD_AT_ONCE * self.gradient.shape[-2] // max(1, self.gradient.numel()))
-        parts = zip(weight_N.unsqueeze(-2).split(at_once, -1), self.gradient.split(at_once, -2), strict=True)
-        # Not all of them at once in float64, which may be much.
-        for weight, gradient in parts:
-            part.add_((weight @ gradient.double()).squeeze(-2))
+        # Not all rows at once in float64, which may be much.
+        for first in range(0, self.gradient.shape[-2], at_once):
+            rows = slice(first, first + at_once)
+            weight_1N = weight_N[..., None, rows]
+            part.add_((weight_1N @ self.gradient[..., rows, :].double()).squeeze(-2))
 
     def grouped(self, index_UR: Tensor, weight_UR: Tensor) -> Explicit:
         rows = self.gradient[..., index_UR, :].double() * weight_UR[..., None]
@@ -145,17 +134,11 @@ class Outer(Factor):
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        if self.a.shape[-2] == 1:
-            a, g = self._rows
-            size_N = _squares(a).add_(self._with_bias).mul_(_squares(g))
+        size_NT = _squares(self.a).add_(self._with_bias).mul_(_squares(self.g))
+        if size_NT.shape[-1] == 1:
+            size_N = size_NT[..., 0]
             return size_N, size_N
-        size_NT = _squares(self.g) * (_squares(self.a) + self._with_bias)
         return self._squared(), size_NT.sqrt().sum(-1).square()
-
-    @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """Of rows of one position, both in float64, [..., N, I] and [..., N, O]: for norms and for sums."""
-        return self.a.squeeze(-2).double(), self.g.squeeze(-2).double()
 
     def _squared(self) -> Tensor:
         """Of rows of several positions: by T x T products, or by the gradients: whichever is cheaper."""
@@ -175,12 +158,9 @@ class Outer(Factor):
         return torch.cat(squares).clamp(min=0.0).reshape(self.a.shape[:-2])
 
     def add_to(self, sum_L: Tensor, weight_N: Tensor) -> None:
-        if self.a.shape[-2] == 1:
-            a, g = self._rows
-            g = g * weight_N[..., None]
-        else:
-            a = self.a.flatten(-3, -2).double()
-            g = (self.g.double() * weight_N[..., None, None]).flatten(-3, -2)
+        # In float64 for this product only: to keep it from the norms on costs more cache than time.
+        a = self.a.double().flatten(-3, -2)
+        g = self.g.to(torch.float64, copy=True).mul_(weight_N[..., None, None]).flatten(-3, -2)
         matrix = sum_L[..., self.weight].unflatten(-1, (g.shape[-1], a.shape[-1]))
         (matrix.addmm_ if matrix.dim() == 2 else matrix.baddbmm_)(g.mT, a)
         if self.bias is not None:

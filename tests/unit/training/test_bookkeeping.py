@@ -667,6 +667,25 @@ def test_padded_matrices_are_the_same_matrices(name):
     torch.testing.assert_close(padded, plain, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sum_leaves_its_factors_as_they_were(name, dtype):
+    """It is added to what is there, and the same factors give the same sum again."""
+    features, model = random_model(name)
+    x, y = records(features, 30)
+    kept = Bookkeeper(copy.deepcopy(model).to(dtype), BINARY, 32)
+    with kept.recording():
+        factors = kept.factors(x.to(dtype), y.to(dtype))
+    weight = torch.rand(32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    once, twice = (torch.zeros(kept.size, dtype=torch.float64) for _ in range(2))
+    for total, times in ((once, 1), (twice, 2)):
+        for _ in range(times):
+            bookkeeping._add_weighted(total, factors, weight)
+
+    assert once.norm() > 0
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-12, atol=1e-12)
+
+
 def test_a_padded_model_pads_only_where_a_side_is_not_whole(monkeypatch):
     """Zeros around a matrix that needs none would be two copies a pass."""
     features, padded, pad = 16, [], nn.functional.pad

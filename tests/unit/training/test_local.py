@@ -601,6 +601,12 @@ def test_parameters_of_several_types_are_refused(make_model, make_records, plan,
         train(model, make_records([1] * 5), plan())
 
 
+def test_a_model_without_parameters_is_refused(make_records, plan, train):
+    """There is nothing to release, and nothing to hide."""
+    with pytest.raises(ConfigError, match="no parameters to train"):
+        train(nn.Sequential(nn.Flatten(0)), make_records([1] * 5), plan())
+
+
 FAULTS = {
     "torch": RuntimeError(
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
