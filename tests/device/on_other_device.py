@@ -22,7 +22,7 @@ from lepton_fl.tasks.task import BINARY, score
 from lepton_fl.training import LocalPlan, SimulationNoise, UnseededNoise, bookkeeping, layers, train_locally
 from lepton_fl.training.bookkeeping import Bookkeeper
 from lepton_fl.training.local import NO_CLIP
-from lepton_fl.training.noise import drawing
+from lepton_fl.training.noise import _STATE, drawing
 
 other_device.load(Path(os.environ["OTHER_DEVICE"]))
 OTHER = torch.device("other", 0)
@@ -400,16 +400,20 @@ def test_masks_are_secret_and_of_each_site():
 
 def test_all_of_the_state_is_the_keys():
     """The key of Philox and where it stands: no bit of them is always the same, but for those that must."""
-    found = []
+    found, words = [], []
     for n in range(200):
         with drawing(bytes([n] * 32), OTHER):
             found.append(torch.other.get_rng_state().numpy().view("<u8"))
+            words.append(torch.get_rng_state()[_STATE].numpy().view("<u8"))
     seeds, offsets = np.array(found).T
+    halves = np.concatenate([seeds & 0xFFFFFFFF, seeds >> 32])
 
     assert np.bitwise_or.reduce(seeds) == 2**64 - 1
     assert np.bitwise_and.reduce(seeds) == 0
     assert np.bitwise_or.reduce(offsets) == 2**62 - 4
     assert np.bitwise_and.reduce(offsets) == 0
+    # And none of them is the CPU's as well.
+    assert not np.isin(halves, np.concatenate(words)).any()
 
 
 @pytest.mark.parametrize("draws", [True, False])

@@ -1,5 +1,7 @@
 """Where a site's models lie: what may be asked for, what is said, and what is settled while training."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -178,6 +180,16 @@ def test_on_the_cpu_nothing_is_copied():
     x = torch.ones(3)
 
     assert sent(x, CPU) is x
+
+
+def test_to_a_gpu_it_travels_from_pinned_memory():
+    """So that nobody waits for it; no GPU is needed to see what is asked of torch."""
+    tensor = Mock()
+
+    there = sent(tensor, torch.device("cuda"))
+
+    assert there is tensor.pin_memory().to.return_value
+    tensor.pin_memory().to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
 
 
 def test_a_model_without_parameters_lies_on_the_cpu():
