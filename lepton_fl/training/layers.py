@@ -178,10 +178,14 @@ class Outer(Factor):
 
     def explicit(self) -> Iterator[Explicit]:
         # A batched product: what becomes of one row depends on that row alone.
-        narrow = self.a.shape[-1] < WHOLE < self.g.shape[-1]
-        # A product of few columns is several times as slow as one of few rows.
-        product = (self.a.mT @ self.g).mT if narrow else self.g.mT @ self.a
-        yield Explicit(product.flatten(-2), self.weight)
+        if self.a.shape[-1] < WHOLE < self.g.shape[-1]:
+            # One of few columns is several times as slow as one of few rows, of which one may be the bias.
+            product = functional.pad(self.a, (0, 1), value=1.0).mT @ self.g
+            yield Explicit(product[..., :-1, :].mT.flatten(-2), self.weight)
+            if self.bias is not None:
+                yield Explicit(product[..., -1, :], self.bias)
+            return
+        yield Explicit((self.g.mT @ self.a).flatten(-2), self.weight)
         if self.bias is not None:
             yield Explicit(self.g.sum(-2), self.bias)
 
@@ -422,7 +426,7 @@ def _embedding(tape: Tape, module: nn.Embedding, index: Tensor) -> Tensor:
             g = g * (flat != module.padding_idx)[..., None]
         factor = Lookup(flat, g, tape.part(module.weight), module.num_embeddings)
         # A table of few words is written out: its norm is otherwise that of T x T products.
-        if 1 < flat.shape[1] and module.num_embeddings <= 2 * flat.shape[1]:
+        if flat.shape[1] > 1 and module.num_embeddings <= 2 * flat.shape[1]:
             yield from factor.explicit()
         else:
             yield factor
@@ -535,7 +539,8 @@ def _through_time(
         yield from outer(a, g, tape.part(getattr(module, f"weight_{which}_{name}"), rows), bias)
 
     tape.watch([gates_KTNH, recurrent_KTNH] if kind.apart else [gates_KTNH], make)
-    hidden_TNH, c_NH = _ThroughTime.apply(cell, gates_KTNH, recurrent_KTNH, h_NH, c_NH)
+    through: Callable[..., tuple[Tensor, Tensor]] = _ThroughTime.apply
+    hidden_TNH, c_NH = through(cell, gates_KTNH, recurrent_KTNH, h_NH, c_NH)
     return hidden_TNH[..., :width].transpose(0, 1), c_NH[:, :width]
 
 
@@ -550,7 +555,8 @@ class _ThroughTime(torch.autograd.Function):
             c_NH = cell.forward(step, c_NH)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        return cell.states[1:], c_NH.clone()
+        # Copies: what is given may be changed in place, and the way back needs what it was.
+        return cell.states[1:].clone(), c_NH.clone()
 
     @staticmethod
     @once_differentiable
@@ -595,7 +601,7 @@ class _Cell(ABC):
     def _before(self, g_KNH: Tensor) -> Tensor:
         """The gradient of a hidden state, by way of the recurrent matrix."""
         first, *more = zip(g_KNH, self._matrix.mT, strict=True)
-        h_NH = first[0] @ first[1]
+        h_NH: Tensor = first[0] @ first[1]
         for g_NH, matrix_HH in more:
             h_NH.addmm_(g_NH, matrix_HH)
         return h_NH

@@ -49,6 +49,17 @@ class Words(nn.Module):
         return self.last(torch.cat([words.flatten(1).tanh(), x_BF[:, 2:3]], 1)).squeeze(-1)
 
 
+class ManyWords(nn.Module):
+    """More words than a record has, of which some may be twice in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(9, 4), nn.Linear(4, 1)
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        return self.last(self.table((x_BF * 4 + 4).long()).tanh().sum(1).tanh()).squeeze(-1)
+
+
 class Padded(nn.Module):
     """The word 0 is nothing, and never learns."""
 
@@ -75,6 +86,21 @@ class Recurrent(nn.Module):
         else:
             y_BTH = self.core(x_BTI.transpose(0, 1))[0].transpose(0, 1)
         return self.last(y_BTH[:, -1] + y_BTH[:, 1]).squeeze(-1)
+
+
+class Started(nn.Module):
+    """Four steps of three features, from states that are made of the record, to the last states."""
+
+    def __init__(self, kind: type[nn.RNNBase], **how: object) -> None:
+        super().__init__()
+        self.first, self.core, self.last = nn.Linear(12, 20), kind(3, 5, 2, **how), nn.Linear(15, 1)
+        self.cells = kind is nn.LSTM
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        h, c = self.first(x_BF).tanh().unflatten(1, (2, 2, 5)).permute(1, 2, 0, 3)
+        y_TBH, end = self.core(x_BF.unflatten(1, (4, 3)).transpose(0, 1), (h, c) if self.cells else h)
+        h, c = end if self.cells else (end, end)
+        return self.last(torch.cat([y_TBH[1], h[0], c[1]], 1)).squeeze(-1)
 
 
 class Attention(nn.Module):
@@ -183,11 +209,17 @@ MODELS = {
     ),
     "embedding": (3, Words),
     "embedding with padding": (4, Padded),
+    "embedding of many words": (4, ManyWords),
     "gru": (12, lambda: Recurrent(nn.GRU, batch_first=True)),
     "deep gru in both directions": (12, lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True)),
     "lstm": (12, lambda: Recurrent(nn.LSTM)),
     "deep lstm without bias": (12, lambda: Recurrent(nn.LSTM, num_layers=2, bias=False, batch_first=True)),
     "lstm in both directions": (12, lambda: Recurrent(nn.LSTM, bidirectional=True)),
+    "lstm from states to states": (12, lambda: Started(nn.LSTM)),
+    "gru from states to states": (12, lambda: Started(nn.GRU)),
+    "rnn from states to states": (12, lambda: Started(nn.RNN)),
+    "gru of one step": (6, lambda: Shaped((1, 6), First(nn.GRU(6, 5, batch_first=True)), outputs=5)),
+    "lstm of one step": (6, lambda: Shaped((1, 6), First(nn.LSTM(6, 5, batch_first=True)), outputs=5)),
     "attention": (32, Attention),
     "attention to others": (32, lambda: Attention(batch_first=False, crossed=True)),
     "masked attention": (32, lambda: Attention(masked=True)),
@@ -371,12 +403,100 @@ def test_random_models_against_vmap(names, sizes, clip, seed):
     assert float((total - by_hand).norm()) <= 1e-9 * max(float(by_hand.norm()), 1.0)
 
 
+# --- what is the same by several ways ---
+
+
+@pytest.mark.parametrize(
+    "name", ["positions", "few positions", "convolution", "convolution in a line", "gru", "lstm", "attention"]
+)
+def test_written_out_or_not_the_sum_is_the_same(name, monkeypatch):
+    """Which of the two is cheaper is no more than that."""
+    features, model = random_model(name)
+    x, y = records(features, 40)
+    owner = torch.repeat_interleave(torch.arange(30), torch.tensor([1] * 27 + [5, 4, 4]))
+    found = []
+    for written in (True, False):
+        monkeypatch.setattr(layers, "_is_written_out", lambda *_, written=written: written)
+        kept = Bookkeeper(copy.deepcopy(model).double(), BINARY, 64)
+        found.append(
+            ClippedSum(kept, CLIP)(x.double(), y.double(), torch.arange(40), owner, torch.ones(40), 30)
+        )
+
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["convolution", "convolution in a line", "gru", "mlp"])
+def test_what_is_held_at_once_changes_nothing(name, monkeypatch):
+    """Of a record: bit by bit, its factors are the same; sums are so up to the order of additions."""
+    features, model = random_model(name)
+    x, y = records(features, 40)
+    kept = Bookkeeper(model, BINARY, 64)
+    factors, square = [], []
+    for held in (1 << 18, 200):
+        monkeypatch.setattr(layers, "HELD_AT_ONCE", held)
+        with kept.recording():
+            factors.append(kept.factors(x, y))
+        square.append(norms(factors[-1])[0])
+
+    for one, other in zip(*factors, strict=True):
+        for a, b in zip(one.parts(), other.parts(), strict=True):
+            assert torch.equal(a, b)
+    torch.testing.assert_close(*square, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", ["RNN_TANH", "GRU", "LSTM"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_way_back_through_time_against_finite_differences(kind, steps):
+    """Of both outputs, with respect to the gates and to both states at the start."""
+    torch.manual_seed(1)
+    cell = layers._CELLS[kind]
+    gates = {"RNN_TANH": 1, "GRU": 3, "LSTM": 4}[kind]
+    matrix = torch.randn(gates, 4, 4, dtype=torch.float64)
+    bias = torch.randn(gates, 1, 4, dtype=torch.float64)
+    given = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((gates, steps, 2, 4), (2, 4), (2, 4))
+    ]
+
+    def run(gates_KTNH, h_NH, c_NH):
+        through = cell(matrix, bias, gates_KTNH.detach(), h_NH.detach())
+        added = torch.zeros(()).double().expand_as(gates_KTNH)
+        return layers._ThroughTime.apply(through, gates_KTNH, added, h_NH, c_NH)
+
+    assert torch.autograd.gradcheck(run, given)
+
+
+class Residual(nn.Module):
+    """What a recurrent layer gives is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core, self.last = nn.GRU(3, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        x_BTI = x_BF.unflatten(1, (4, 3))
+        y_BTH = self.core(x_BTI)[0]
+        y_BTH += x_BTI
+        return self.last(y_BTH[:, -1]).squeeze(-1)
+
+
+def test_hidden_states_may_be_changed_in_place():
+    """The way back has its own."""
+    torch.manual_seed(1)
+    model = Residual()
+    x, y = records(12, 30)
+
+    by_hand = clipped_by_hand(written_out(model, x, y), torch.arange(30), 30, CLIP)
+    assert_close(summed(model, x, y, [1] * 30), by_hand)
+
+
 # --- against Opacus ---
 
 NOT_OF_OPACUS = {
     "a subclass": "no hook for it",
     "no rule": "no hook for it",
     "rnn": "no hook for it",
+    "rnn from states to states": "no hook for it",
     "layer norm over two": "wants a bias",
     "transformer": "its norms before and after are not told apart",
     "embedding with padding": "gives the word that is nothing a gradient",
@@ -411,7 +531,7 @@ def test_norms_are_those_of_opacus(name):
 # --- what is not finite ---
 
 
-@pytest.mark.parametrize("name", ["mlp", "layer norm", "convolution", "gru", "attention", "no rule"])
+@pytest.mark.parametrize("name", ["mlp", "layer norm", "convolution", "gru", "lstm", "attention", "no rule"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_record_that_is_not_finite_is_zero_and_counted(name, value, caplog):
     """What is left is the sum without it, since it is zero in every factor."""
@@ -510,7 +630,9 @@ def hostile(model, seed):
             p.clamp_(-1e6, 1e6)
 
 
-@pytest.mark.parametrize("name", ["mlp", "layer norm", "convolution", "gru", "attention", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "layer norm", "convolution", "gru", "lstm", "rnn", "attention", "embedding"]
+)
 def test_a_record_is_said_the_same_of_wherever_it_stands(name):
     """Bit by bit, at any parameters: so one more record changes nothing that is said of the others."""
     features, model = random_model(name)
