@@ -35,7 +35,7 @@ def choose_device(asked: str, *, file: str) -> Device:
     Raises:
         ConfigError: the device is not there, or cannot keep what training promises.
     """
-    cuda = torch.cuda.is_available()
+    cuda = asked in ("auto", "cuda") and torch.cuda.is_available()
     if asked == "cuda":
         if not cuda:
             raise ConfigError.at(
