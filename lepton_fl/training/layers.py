@@ -3,7 +3,7 @@
 "Book-keeping" (Bu, Wang, Zha and Karypis 2023, "Differentially Private Optimization on Small Model at Large
 Cost"): a layer's gradient of one record is a sum of outer products of what entered the layer and the gradient
 of what left it. Norms and weighted sums follow from these two factors; the gradient itself is held only where
-it is the smaller.
+that is the cheaper.
 
 ... any leading dimensions (K models side by side, each with rows of its own), N rows (records, or units), T
 positions in a row (time, pixels, the records of a unit), I inputs, O outputs, V words, P numbers of one
