@@ -107,7 +107,7 @@ class _Runtime(Strict):
     scratch: str | None = None
     """Folder of those files (default: `site.state`); relative to site.toml."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the model is trained: training/device.py says what this release can use."""
+    """Where models are trained and judged; `auto` is the CPU, whatever else is there. `mps` is refused."""
     log: str | None = None
     """File for the agent's log (default: standard error); relative to site.toml."""
 

@@ -18,6 +18,7 @@ from lepton_fl.site.policy import load_policy
 from lepton_fl.site.secure import LSA1, Membership, NoAggregation
 from lepton_fl.site.site import Deployed, Site, SiteData
 from lepton_fl.study import Study
+from lepton_fl.training.device import choose_device
 from lepton_fl.training.noise import UnseededNoise
 
 
@@ -27,11 +28,12 @@ def open_site(path: Path, membership: Membership | None = None) -> Site[Deployed
     In secure rounds it is who `membership` says, whose history must be on disk; without one it refuses them.
 
     Raises:
-        ConfigError: site.toml or policy.toml is missing or not understood, or the ledger cannot be opened.
-            A site without all three refuses everything.
+        ConfigError: site.toml or policy.toml is missing or not understood, the device that it names is not
+            there, or the ledger cannot be opened. A site without all of them refuses everything.
     """
     config = load_site_config(path)
     torch.set_num_threads(config.runtime.threads)
+    device = choose_device(config.runtime.device, file=str(path)).torch
     files = files_of(path)
     load = _loader(config, path.parent, _split_key(files.split_key))
     policy = load_policy(files.policy)
@@ -43,6 +45,7 @@ def open_site(path: Path, membership: Membership | None = None) -> Site[Deployed
         policy_file=str(files.policy),
         approvals=Approvals(files.approvals, key=ledger.key),
         load=load,
+        device=device,
         aggregation=NoAggregation() if membership is None else LSA1(membership),
         surroundings=Deployed(noise=UnseededNoise(), ledger=ledger),
     )

@@ -24,6 +24,7 @@ from lepton_fl.site.secure import LSA1, Aggregation, NoAggregation
 from lepton_fl.study import Study
 from lepton_fl.tasks import Arrays, TaskSpec, arrays_of, build_model, task_of
 from lepton_fl.tasks.arrays import size_of
+from lepton_fl.training.device import CPU
 from lepton_fl.training.local import LocalPlan, LocalUpdate, train_locally
 from lepton_fl.training.noise import Noise, SimulationNoise, UnseededNoise
 
@@ -147,6 +148,8 @@ class Site(Generic[S_co]):
     load: Callable[[Study], SiteData]
     """Reads the institution's own table under a study's contract."""
     surroundings: S_co
+    device: torch.device = CPU
+    """Where its models lie: they are trained and judged there."""
     aggregation: Aggregation = field(default_factory=NoAggregation)
     """How what it computes leaves it, under secure aggregation."""
     refusals: deque[LeptonError] = field(default_factory=lambda: deque(maxlen=100))
@@ -193,7 +196,7 @@ class Site(Generic[S_co]):
             # A few, so that two studies in turn do not read the table anew with each message.
             while len(self._bench) >= BENCHES:
                 self._bench.pop(next(iter(self._bench)))
-            self._bench[study.id] = Workbench.prepare(study, self.load(study))
+            self._bench[study.id] = Workbench.prepare(study, self.load(study), self.device)
         return self._bench[study.id]
 
 
@@ -222,10 +225,10 @@ class Workbench:
         return self._events[sites]
 
     @classmethod
-    def prepare(cls, study: Study, data: SiteData) -> Workbench:
-        """Build the study's model for the table's width and calibrate its noise."""
+    def prepare(cls, study: Study, data: SiteData, device: torch.device) -> Workbench:
+        """Build the study's model for the table's width on this device and calibrate its noise."""
         width = data.train.x_NF.shape[1]
-        model = build_model(study, width, torch.Generator())
+        model = build_model(study, width, torch.Generator()).to(device)
         return cls(
             data=data,
             task=task_of(study),

@@ -59,13 +59,18 @@ def task_of(study: Study) -> TaskSpec:
     return tasks[study.task.kind]
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model lies."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 @torch.no_grad()
 def score(model: torch.nn.Module, task: TaskSpec, x_NF: np.ndarray) -> np.ndarray:
-    """Scores in [0, 1] for N encoded records, float64 [N]."""
+    """Scores in [0, 1] for N encoded records, float64 [N]; computed on the device where the model lies."""
     was_training = model.training
     model.eval()
     try:
-        score_N = task.score(model(torch.from_numpy(x_NF)))
+        score_N = task.score(model(torch.from_numpy(x_NF).to(device_of(model))))
     finally:
         model.train(was_training)
-    return score_N.double().numpy()
+    return score_N.double().cpu().numpy()

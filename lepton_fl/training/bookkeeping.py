@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.tasks.task import TaskSpec
+from lepton_fl.tasks.task import BINARY, TaskSpec, device_of
+from lepton_fl.training.device import CPU, sent, whole_precision
 from lepton_fl.training.layers import Factor, Recorder, Tape, written_out
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,14 @@ class ClippedSum:
     bookkeeper: Bookkeeper
     clip: float
     not_finite: int = 0
-    """Records so far whose gradient is not finite, and so counts as zero. For the site's own eyes."""
+    """Records so far whose gradient is not finite, and so counts as zero. For the site's own eyes.
+
+    Those found on another device are in it after `collect`."""
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.bookkeeper.model)
+        """Where the sum is formed, and what is asked of as little as can be: it would be waited for."""
+        self._found_there = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __call__(
         self,
@@ -188,7 +196,8 @@ class ClippedSum:
     ) -> Tensor:
         """The sum [L] over so many units; record index_B[b] is of unit owner_B[b] (ascending).
 
-        Without owners record b is the only one of unit b; without weights all weigh 1.
+        Without owners record b is the only one of unit b; without weights all weigh 1. The sum is formed
+        where the model and the table lie, and stays there; who is in it is known on the CPU.
 
         **Formal guarantee.** One more unit moves it by at most clip * (1 + slack) in L2 norm, whatever its
         records and the parameters (docs/accounting.md). A unit's gradient is the weighted sum over its
@@ -196,17 +205,18 @@ class ClippedSum:
         overflow that a server provoked by its choice of parameters would otherwise say, without noise, that
         a certain record is there.
         """
-        sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
+        sum_L = self._zeros(self.bookkeeper.size)
         rows = self.bookkeeper.rows
         weight_B = torch.ones(len(index_B)) if weight_B is None else weight_B
         with self.bookkeeper.recording():
             if owner_B is None:
                 for index_C, weight_C in zip(index_B.split(rows), weight_B.split(rows), strict=True):
-                    self._add(sum_L, x_NF[index_C], y_N[index_C], weight_C, None)
+                    there_C = sent(index_C, self.device)
+                    self._add(sum_L, x_NF[there_C], y_N[there_C], weight_C, None)
                 return sum_L
             count_U = torch.bincount(owner_B, minlength=units)
             for first, last, start, stop in _blocks(count_U, rows):
-                index_C, weight_C = index_B[start:stop], weight_B[start:stop]
+                index_C, weight_C = sent(index_B[start:stop], self.device), weight_B[start:stop]
                 if len(index_C) > rows:
                     sum_L += self._one(x_NF, y_N, index_C, weight_C)
                 elif len(index_C):
@@ -236,13 +246,13 @@ class ClippedSum:
             there_UR = place_R < count_U[of_room][:, None]
             index_UR = torch.where(there_UR, start_U[of_room][:, None] + place_R, 0)
             weight_UR = torch.where(there_UR, weight_C[index_UR], 0.0)
+            index_UR, weight_UR = sent(index_UR, self.device), sent(weight_UR, self.device)
             grouped = [factor.grouped(index_UR, weight_UR) for factor in factors]
             _add_weighted(sum_L, grouped, clip_weights(*norms(grouped), self.clip))
 
     def _one(self, x_NF: Tensor, y_N: Tensor, index_C: Tensor, weight_C: Tensor) -> Tensor:
         """One unit of more records than a block has, its gradient written out."""
-        sum_L = torch.zeros(self.bookkeeper.size, dtype=torch.float64)
-        bound = torch.zeros((), dtype=torch.float64)
+        sum_L, bound = self._zeros(self.bookkeeper.size), self._zeros(())
         rows = self.bookkeeper.rows
         for start in range(0, len(index_C), rows):
             index = index_C[start : start + rows]
@@ -257,26 +267,38 @@ class ClippedSum:
         """Factors and norms, those of records that are not finite made zero."""
         factors = self.bookkeeper.factors(x_CF, y_C)
         if not factors:
-            none = torch.zeros(0, dtype=torch.float64)
+            none = self._zeros(0)
             return factors, none, none
         square_M, bound_M = norms(factors)
-        # A sum of what is not negative: finite if all are, and nothing overflowed.
-        if not math.isfinite(bound_M.sum().item()):
-            bad_M = ~torch.isfinite(bound_M)
-            found = int(bad_M[: len(x_CF)].sum())
-            if found and not self.not_finite:
-                # Not how many, and once a round.
-                log.warning("training: gradients of some records are not finite; they count as zero")
-            self.not_finite += found
-            factors = [factor.without(bad_M) for factor in factors]
-            square_M[bad_M], bound_M[bad_M] = 0.0, 0.0
-        return factors, square_M, bound_M
+        # A sum of what is not negative: finite if all are, and nothing overflowed. Another device is not
+        # asked, which would be waited for: there the few, if any, are overwritten in any case.
+        if self.device == CPU and math.isfinite(bound_M.sum().item()):
+            return factors, square_M, bound_M
+        bad_M = ~torch.isfinite(bound_M)
+        self._found_there += bad_M[: len(x_CF)].sum()
+        if self.device == CPU:
+            self.collect()
+        for known_M in (square_M, bound_M):
+            known_M.masked_fill_(bad_M, 0.0)
+        return [factor.without(bad_M) for factor in factors], square_M, bound_M
+
+    def collect(self) -> None:
+        """Count in `not_finite` what was found where the sum is formed, which is waited for."""
+        found = int(self._found_there)
+        if found and not self.not_finite:
+            # Not how many, and once a round.
+            log.warning("training: gradients of some records are not finite; they count as zero")
+        self.not_finite += found
+        self._found_there.zero_()
+
+    def _zeros(self, shape: int | tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def _of_block(self, weight_C: Tensor) -> Tensor:
         """Weights of all rows of a block, those of the rows that are left zero."""
         weight_M = torch.zeros(self.bookkeeper.rows, dtype=torch.float64)
         weight_M[: len(weight_C)] = weight_C
-        return weight_M
+        return sent(weight_M, self.device)
 
 
 @dataclass
@@ -298,17 +320,19 @@ class PlainSum:
         """As `ClippedSum`, where every weight is 1; what is not finite counts as zero here too."""
         kept = self.clipped.bookkeeper
         parameters = list(kept.model.parameters())
-        sum_L = torch.zeros(kept.size, dtype=torch.float64)
+        sum_L = torch.zeros(kept.size, dtype=torch.float64, device=self.clipped.device)
         for index_C in index_B.split(kept.rows):
             if not len(index_C):
                 continue
+            there_C = sent(index_C, self.clipped.device)
             with torch.enable_grad():
-                loss = kept.task.loss(kept.model(x_NF[index_C]), y_N[index_C])
+                loss = kept.task.loss(kept.model(x_NF[there_C]), y_N[there_C])
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             for gradient, where in zip(found, kept.where.values(), strict=True):
                 if gradient is not None:
                     sum_L[where].add_(gradient.flatten())
-        if math.isfinite(sum_L.sum().item()):
+        sum_L = sum_L.cpu()
+        if math.isfinite(sum_L.sum()):
             return sum_L
         # A record's is not, or all of them together are too large for the parameters' type.
         return self.clipped(x_NF, y_N, index_B, owner_B, weight_B, units)
@@ -343,6 +367,24 @@ def _rows(expected: float, rate: float, numbers: int) -> int:
     return max(ROWS, rows)
 
 
+def tried_on(device: torch.device) -> str:
+    """What comes of the trial of a small network on this device, in one line.
+
+    Raises:
+        ConfigError: it computes something else than the CPU does, or nothing.
+    """
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 1), nn.Flatten(0))
+    like = torch.empty(0, 30), torch.empty(0)
+    try:
+        with whole_precision(device):
+            kept = Bookkeeper.of(model.to_empty(device=device), BINARY, like=like, expected=256.0)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device}: {str(error).splitlines()[0]}") from error
+    how = "each by itself" if kept.rows == 1 else "rows alike" + ", matrices padded" * kept.padded
+    return f"on trial: gradients are the CPU's, {how}"
+
+
 def _said(kinds: Iterable[torch.dtype]) -> str:
     return ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
 
@@ -353,7 +395,9 @@ class _Trial:
     def __init__(self, model: nn.Module, task: TaskSpec, like: tuple[Tensor, Tensor]) -> None:
         self._task, (self._x, self._y) = task, like
         self._random = torch.Generator().manual_seed(1)
-        self._model = copy.deepcopy(model)
+        self._device = device_of(model)
+        # On the CPU, whose generator is the one that is seeded here.
+        self._model = copy.deepcopy(model).to(CPU)
         for module in self._model.modules():
             # A drawn mask would be another for each pass.
             for name, value in (("p", 0.0), ("dropout", 0.0)):
@@ -365,6 +409,11 @@ class _Trial:
                     std=(1 + parameter[0].numel()) ** -0.5 if parameter.dim() > 1 else 1.0,
                     generator=self._random,
                 )
+        self._reference = self._model
+        """Passes back by itself: on the CPU and, where it judges another device, in float64."""
+        if self._device != CPU:
+            self._reference = copy.deepcopy(self._model).double()
+            self._model.to(self._device)
         # As they stand in memory when the model is trained.
         flattened(self._model)
 
@@ -373,7 +422,7 @@ class _Trial:
         x = torch.rand((count, *self._x.shape[1:]), generator=self._random)
         x = torch.where(x < 0.5, (4 * x).floor().clamp(max=1), 2 * x - 1)
         y = torch.randint(0, 2, (count, *self._y.shape[1:]), generator=self._random)
-        return x.to(self._x.dtype), y.to(self._y.dtype)
+        return x.to(self._device, self._x.dtype), y.to(self._device, self._y.dtype)
 
     def check_gradients(self, *, padded: bool = False) -> int:
         """Hold each record of a small block against its own backward pass.
@@ -396,12 +445,12 @@ class _Trial:
                 raise
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ConfigError(f"model: cannot be trained record by record: {why}") from error
-        square_M = norms(factors)[0] if factors else torch.zeros(ROWS, dtype=torch.float64)
+        square_M = norms(factors)[0].cpu() if factors else torch.zeros(ROWS, dtype=torch.float64)
         for n, own_L in enumerate(own):
-            found_L = torch.zeros(kept.size, dtype=torch.float64)
-            _add_weighted(found_L, factors, (torch.arange(ROWS) == n).double())
+            found_L = torch.zeros(kept.size, dtype=torch.float64, device=self._device)
+            _add_weighted(found_L, factors, (torch.arange(ROWS, device=self._device) == n).double())
             size = float(own_L.norm())
-            off = max(float((found_L - own_L).norm()), abs(float(square_M[n]) ** 0.5 - size))
+            off = max(float((found_L.cpu() - own_L).norm()), abs(float(square_M[n]) ** 0.5 - size))
             if not off <= TOLERANCE * size:
                 raise ConfigError(
                     f"model: gradients of single records are off by {off / (size or 1):.2g}, allowed "
@@ -410,8 +459,10 @@ class _Trial:
         return max(1, sum(part.numel() for factor in factors for part in factor.parts()) // ROWS)
 
     def _own(self, x_1F: Tensor, y_1: Tensor) -> Tensor:
-        parameters = list(self._model.parameters())
-        loss = self._task.loss(self._model(x_1F), y_1)
+        parameters = list(self._reference.parameters())
+        if self._device != CPU:
+            x_1F, y_1 = (z.cpu().double() if z.is_floating_point() else z.cpu() for z in (x_1F, y_1))
+        loss = self._task.loss(self._reference(x_1F), y_1)
         found: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
         flat = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
         return torch.cat([g.flatten() for g in flat]).double()
@@ -424,7 +475,7 @@ class _Trial:
         with kept.recording():
             here = kept.factors(x, y)
             for _ in range(2):
-                order_M = torch.randperm(rows, generator=self._random)
+                order_M = torch.randperm(rows, generator=self._random).to(self._device)
                 moved = order_M[: rows // 2 + 1]
                 x_M, y_M = others[0].clone(), others[1].clone()
                 x_M[moved], y_M[moved] = x[: len(moved)], y[: len(moved)]

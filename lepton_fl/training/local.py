@@ -27,8 +27,9 @@ from lepton_fl.privacy.guarantee import Guarantee
 from lepton_fl.privacy.lattice import Lattice
 from lepton_fl.study import Study
 from lepton_fl.tasks.arrays import Arrays, arrays_of, load_arrays, unflatten
-from lepton_fl.tasks.task import TaskSpec
+from lepton_fl.tasks.task import TaskSpec, device_of
 from lepton_fl.training.bookkeeping import Bookkeeper, ClippedSum, PlainSum, flattened, lacks_memory
+from lepton_fl.training.device import sent, whole_precision
 from lepton_fl.training.noise import Noise, drawing
 from lepton_fl.training.noising import Noising
 from lepton_fl.training.sampling import PoissonSampler
@@ -147,7 +148,10 @@ def train_locally(
     noise: Noise,
     round: int,
 ) -> LocalUpdate:
-    """`plan.steps` steps of DP-SGD from `arrays` on `table`.
+    """`plan.steps` steps of DP-SGD from `arrays` on `table`, on the device where `model` lies.
+
+    On another device than the CPU are the table, the passes, clipping and the float64 sum of a step; who is
+    sampled, rounding and noise are the CPU's on every device.
 
     **Formal guarantee.** Each step releases the sum over sampled units of clip(sum, or mean, over the unit's
     records, or `most_records` of them, of the gradient), as integers on the plan's lattice with a discrete
@@ -165,8 +169,10 @@ def train_locally(
     """
     load_arrays(model, arrays)
     model.train()
-    ready = _Ready.of(model, table, plan)
-    with _enough_memory("the trial of the model, on one block of the study's size"):
+    device = device_of(model)
+    with _enough_memory(f"the table on {device.type}"):
+        ready = _Ready.of(model, table, plan)
+    with _enough_memory("the trial of the model, on one block of the study's size"), whole_precision(device):
         bookkeeper = _bookkeeper(model, task, ready, plan)
     clipped = ClippedSum(bookkeeper, plan.clip)
     plain = plan.clip == NO_CLIP and not plan.mean_of_records
@@ -182,10 +188,11 @@ def train_locally(
     taken = 0
     recording = nullcontext() if plain else bookkeeper.recording()
     needed = f"a step: a block of {bookkeeper.rows} records takes about {1 + (bookkeeper.memory >> 20)} MiB"
+    masks = drawing(noise.key("masks", round), device)
     owner_B: Tensor | None
     weight_B: Tensor | None
     try:
-        with _enough_memory(needed), recording, drawing(noise.key("masks", round)):
+        with _enough_memory(needed), whole_precision(device), recording, masks:
             for step in range(plan.steps):
                 sampled_S = sampler.draw(step)
                 if ready.records.one_each:
@@ -194,9 +201,11 @@ def train_locally(
                     key = noise.key(f"records step {step}", round)
                     index_B, owner_B, weight_B = ready.records.of(torch.from_numpy(sampled_S), key)
                 sum_L = summed(ready.x_NF, ready.y_N, index_B, owner_B, weight_B, len(sampled_S))
-                optimizer.sum_L = sum_L.numpy()
+                # Where the model is on another device, the one time in a step that it is waited for.
+                optimizer.sum_L = sum_L.cpu().numpy()
                 optimizer.step()
                 taken += 1
+        clipped.collect()
     finally:
         if noising is not None:
             noising.forget()
@@ -224,17 +233,18 @@ class _Ready:
     y_N: Tensor
     records: RecordsOfUnits
     made_of: tuple[object, ...]
-    numbers: tuple[int, int | None, bool]
+    numbers: tuple[int, int | None, bool, torch.device]
 
     @classmethod
     def of(cls, model: nn.Module, table: Trainable, plan: LocalPlan) -> _Ready:
         made_of = (table.x_NF, table.y_N, table.unit_N)
-        numbers = (table.units, plan.most_records, plan.mean_of_records)
+        device = device_of(model)
+        numbers = (table.units, plan.most_records, plan.mean_of_records, device)
         found = _READY.get(model)
         if found is None or found.numbers != numbers or not all(map(is_, found.made_of, made_of)):
             found = cls(
-                x_NF=torch.from_numpy(table.x_NF),
-                y_N=torch.from_numpy(table.y_N),
+                x_NF=torch.from_numpy(table.x_NF).to(device),
+                y_N=torch.from_numpy(table.y_N).to(device),
                 records=RecordsOfUnits(
                     table.unit_N, table.units, most=plan.most_records, mean=plan.mean_of_records
                 ),
@@ -254,7 +264,7 @@ def _bookkeeper(model: nn.Module, task: TaskSpec, ready: _Ready, plan: LocalPlan
     """A model's, tried once for all tables of one form; and again at other threads, which divide a block."""
     like = (ready.x_NF, ready.y_N)
     expected, rate = plan.expected_batch, plan.sample_rate
-    form = (task, expected, rate, torch.get_num_threads(), *((x.dtype, x.shape[1:]) for x in like))
+    form = (task, expected, rate, torch.get_num_threads(), *((x.dtype, x.shape[1:], x.device) for x in like))
     known = _TRIED.get(model)
     if known is not None and known[0] == form:
         return Bookkeeper(model, task, *known[1:])
@@ -309,7 +319,7 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         if self.noising is not None:
             sum_L = self.noising(sum_L[np.newaxis])[0]
         self._noised_L = sum_L
-        self._flat_L.grad = torch.from_numpy(sum_L).to(self._flat_L.dtype)
+        self._flat_L.grad = sent(torch.from_numpy(sum_L).to(self._flat_L.dtype), self._flat_L.device)
 
 
 def inner_optimizer(parameters: Iterable[nn.Parameter], plan: LocalPlan) -> torch.optim.Optimizer:

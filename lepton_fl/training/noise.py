@@ -11,10 +11,17 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from lepton_fl.errors import ConfigError
 from lepton_fl.secagg.masks import keystream
+from lepton_fl.training.device import CPU
 
-_STATE = slice(24, 24 + 624 * 8)
+_WORDS = 624
+_STATE = slice(24, 24 + _WORDS * 8)
 """Where torch keeps the words of its generator on the CPU, each of 32 bits, in 64."""
+_PHILOX = 16
+"""Bytes of the state of CUDA's: Philox's key, and where in its stream it stands."""
+_OFFSETS = 2**62 - 4
+"""Where it may stand: at multiples of 4, and far from the end."""
 
 
 class Noise(ABC):
@@ -70,14 +77,37 @@ class UnseededNoise(Noise):
 
 
 @contextmanager
-def drawing(key: bytes) -> Iterator[None]:
-    """Within, what a model draws by itself (dropout) is of torch's generator in a state of the key's stream.
+def drawing(key: bytes, device: torch.device = CPU) -> Iterator[None]:
+    """Within, what a model draws by itself (dropout) is of torch's generators in a state of the key's stream.
 
-    No process seeds that generator, and then everybody knows what it draws. Units must have masks that are
+    No process seeds these generators, and then everybody knows what they draw. Units must have masks that are
     independent of how many others there are, so the state is secret, and all of it: a seed would be 32 bits.
+    The CPU's generator and that of `device` get words of their own.
+
+    Raises:
+        ConfigError: it drew on a device of which nothing is known here of how a state is laid out.
     """
+    words = keystream(key, start=0, count=_WORDS + _PHILOX // 4)
     state = torch.Generator().manual_seed(0).get_state()
-    state[_STATE] = torch.from_numpy(keystream(key, start=0, count=624).astype(np.int64).view(np.uint8))
-    with torch.random.fork_rng(devices=[]):
+    state[_STATE] = torch.from_numpy(words[:_WORDS].astype(np.int64).view(np.uint8))
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            yield
+        return
+    module = torch.get_device_module(device)
+    with torch.random.fork_rng(devices=[device.index], device_type=device.type):
         torch.set_rng_state(state)
+        before = module.get_rng_state(device)
+        if before.numel() == _PHILOX:
+            own = words[_WORDS:].astype("<u4").view("<u8") & np.array([2**64 - 1, _OFFSETS], "<u8")
+            module.set_rng_state(torch.from_numpy(own.view(np.uint8)), device)
+            yield
+            return
         yield
+        if not torch.equal(module.get_rng_state(device), before):
+            raise ConfigError(
+                f"model: draws on {device.type}, whose generator has a state of {before.numel()} bytes; "
+                f"{_PHILOX} are known here, and what it drew is no secret",
+                fix='set device = "cpu" under [runtime] in site.toml',
+            )

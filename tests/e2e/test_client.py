@@ -411,8 +411,9 @@ def test_a_lost_ledger_is_not_begun_anew(enrol, lepton):
     assert not (home / "state" / "ledger.db").exists()
 
 
-def test_a_device_that_training_does_not_use_is_refused(enrol, lepton):
-    """Nobody is to believe that a GPU works for them."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(enrol, lepton):
+    """Nobody is to believe that a GPU works for them; `doctor` says the same."""
     home = enrol(9)
     with (home / "site.toml").open("a") as file:
         file.write('[runtime]\ndevice = "cuda"\n')
@@ -420,7 +421,9 @@ def test_a_device_that_training_does_not_use_is_refused(enrol, lepton):
     done = lepton("client", "start", "-c", home / "site.toml")
 
     assert done.code == 3
-    assert "training of this release runs on the CPU" in done.err
+    assert "sees no CUDA device" in done.err
+    examined = lepton("client", "doctor", "-c", home / "site.toml")
+    assert "sees no CUDA device" in examined.out + examined.err
 
 
 def test_init_makes_a_sites_two_files(lepton, tmp_path):

@@ -36,6 +36,7 @@ from lepton_fl.secure_rounds import what_hides
 from lepton_fl.site.config import SiteConfig, SiteFiles, files_of, load_site_config
 from lepton_fl.site.history import DiskHistory, check_history
 from lepton_fl.site.policy import load_policy
+from lepton_fl.training.bookkeeping import tried_on
 from lepton_fl.training.device import choose_device
 
 PATIENCE_S = 10.0
@@ -305,7 +306,8 @@ def _versions() -> Check:
 
 
 def _device(config: SiteConfig, site_toml: Path) -> Check:
-    return _ok("device", choose_device(config.runtime.device, file=str(site_toml)).said)
+    device = choose_device(config.runtime.device, file=str(site_toml))
+    return _ok("device", f"{device.said}; {tried_on(device.torch)}")
 
 
 def _disk(config: SiteConfig, files: SiteFiles, home: Path) -> Iterator[Check]:

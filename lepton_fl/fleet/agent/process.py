@@ -74,7 +74,7 @@ def start(
             client_app(site),
             member.connect,
             files.state,
-            device=device.name,
+            device=site.device.type,
             insecure_seed=insecure_seed,
             member=member,
             give_up_after=give_up_after,
