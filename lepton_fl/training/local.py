@@ -319,7 +319,9 @@ class _LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         if self.noising is not None:
             sum_L = self.noising(sum_L[np.newaxis])[0]
         self._noised_L = sum_L
-        self._flat_L.grad = sent(torch.from_numpy(sum_L).to(self._flat_L.dtype), self._flat_L.device)
+        # A copy: Opacus divides it in place, and a float64 model's would be `_noised_L` itself.
+        grad_L = torch.from_numpy(sum_L).to(self._flat_L.dtype, copy=True)
+        self._flat_L.grad = sent(grad_L, self._flat_L.device)
 
 
 def inner_optimizer(parameters: Iterable[nn.Parameter], plan: LocalPlan) -> torch.optim.Optimizer:

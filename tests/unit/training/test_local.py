@@ -393,6 +393,31 @@ def test_a_whole_gradient_keeps_its_digits(make_model, make_records, plan, train
         np.testing.assert_allclose(whole[name], stepped[name], rtol=0, atol=1e-6)
 
 
+class InFloat64(nn.Module):
+    """A model whose parameters are of the type in which sums are formed."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, x):
+        return self.model(x.double())
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
+def test_a_gradient_of_float64_is_divided_once(make_model, make_records, plan, train, noise_multiplier):
+    """Opacus divides in place what it is given, which must not be what is kept of the sum."""
+    records, step = make_records([1] * 40), plan(noise_multiplier=noise_multiplier, gradient_only=True)
+
+    wide = train(InFloat64(make_model()), records, step).delta
+    usual = train(make_model(), records, step).delta
+
+    # An integer may be rounded the other way.
+    off = 2.0 / (step.lattice.scale * step.expected_batch) if step.lattice else 1e-7
+    for name, found in usual.items():
+        np.testing.assert_allclose(wide[f"model.{name}"], found, rtol=0, atol=off)
+
+
 def test_a_noisy_gradient_lies_on_the_lattice(make_model, make_records, plan, train):
     """Integers over the scale, whatever the records are: nothing is in the last bits (Mironov 2012)."""
     step = plan(noise_multiplier=1.0, gradient_only=True)
