@@ -38,7 +38,7 @@ class Noising:
         self._noises, self._round, self._steps = noises, round, steps
         self._at_once = max(1, AHEAD // max(coordinates, 1))
         self._quantiser = lattice.quantiser()
-        self._rounding = [Keystream(noise.key("rounding", round)) for noise in noises]
+        self._rounding = [Keystream(noise.key("rounding of steps", round)) for noise in noises]
         self._taken = 0
         self._left: list[NDArray[np.int32]] = []
         """Of the steps drawn so far, those to come, the next one last."""

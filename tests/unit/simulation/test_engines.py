@@ -19,7 +19,7 @@ from lepton_fl.site.site import train_alone
 from lepton_fl.tasks import models
 from lepton_fl.tasks.arrays import flatten
 from lepton_fl.tasks.models import ModelSpec
-from lepton_fl.training import UnseededNoise
+from lepton_fl.training import SimulationNoise, UnseededNoise
 
 LOCAL = {"noise": "local"}
 STEPS = {"strategy": "fedavg", "local_steps": 4, "optimizer": "adam", "lr": 0.05}
@@ -65,6 +65,27 @@ def test_both_engines_give_the_same_run(make_study, splits, name):
     assert run.engine == "vectorised"
     assert np.linalg.norm(vectorised_L - process_L) <= 1e-5 * np.linalg.norm(process_L)
     assert charged == as_process
+
+
+@pytest.mark.parametrize("name", ["shared noise", "local steps"])
+@pytest.mark.parametrize("way", ["vectorised", "process"])
+def test_no_key_is_asked_for_twice_in_a_run(make_study, splits, name, way, monkeypatch):
+    """Sampling, masks, rounding and noise of steps, rounding and noise of what is added up under masks."""
+    asked = []
+    key = SimulationNoise.key
+
+    def recorded(noise, purpose, round=0):
+        found = key(noise, purpose, round)
+        # The trial of the vectorised engine is of no study.
+        if noise._study_id:
+            asked.append(found)
+        return found
+
+    monkeypatch.setattr(SimulationNoise, "key", recorded)
+    finished(make_study(**STUDIES[name]), splits, engine=way)
+
+    assert len(asked) > 3 * len(splits)
+    assert len(set(asked)) == len(asked)
 
 
 def test_a_round_is_trained_once_and_fetched_by_each_site(study, splits, monkeypatch):

@@ -33,7 +33,8 @@ def released(noises, sum_SKL, **changes):
 
 def rounded(noise, sum_SL):
     """Of one site, in plain arithmetic: step s is rounded by words from 40 s on."""
-    words = [keystream(noise.key("rounding", 4), start=40 * s, count=COORDINATES) for s in range(len(sum_SL))]
+    key = noise.key("rounding of steps", 4)
+    words = [keystream(key, start=40 * s, count=COORDINATES) for s in range(len(sum_SL))]
     exact_SL = sum_SL * LATTICE.scale
     below_SL = np.floor(exact_SL)
     return below_SL + (np.array(words) / 2.0**32 < exact_SL - below_SL)
