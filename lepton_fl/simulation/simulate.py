@@ -325,9 +325,9 @@ class _Simulation:
         except PolicyRefused:
             # The server hears the public part only; here the sites' own reasons can be shown.
             raise _first_refusal(self.main) from None
-        except TooFewSites:
+        except TooFewSites as error:
             if federation.done == 0:
-                raise
+                raise _with_own_words(error, self.main) from None
             self.status = "stopped"
         self.scored["federated"] = [self.scorer(federation.model, self.splits)]
 
@@ -690,6 +690,14 @@ def _first_refusal(run: Run) -> LeptonError:
     # Not made anew: errors of the protocol have a phase and a culprit too.
     first.message = f"site {refusing[0].name}: {first.message}{more}"
     return first
+
+
+def _with_own_words(error: TooFewSites, run: Run) -> TooFewSites:
+    """The same with what the first refusing site says itself, if one refused: it may be the model's fault."""
+    if not any(site.refusals for site in run.sites.values()):
+        return error
+    first = _first_refusal(run)
+    return TooFewSites(f"{error.message}; {first.message}", fix=first.fix or error.fix)
 
 
 def _data_sha256(tables: Mapping[str, Table]) -> str:

@@ -218,6 +218,27 @@ def test_a_model_that_cannot_be_stacked_is_trained_at_one_site_after_another(
     assert said == ["model halves: layer dropout is a Dropout; the sites are trained one after another"]
 
 
+def frozen(width):
+    layer = nn.Linear(width, 1)
+    layer.bias.requires_grad_(False)
+    return nn.Sequential(layer, nn.Flatten(0))
+
+
+def test_a_model_that_no_site_can_train_is_told_of_in_a_site_s_own_words(heart_plan, monkeypatch):
+    """The server hears the class of the error only; who simulates may hear all."""
+    found = {**models._BUILTIN, "frozen": ModelSpec(title="frozen", build=lambda _, width: frozen(width))}
+    monkeypatch.setattr(models, "_BUILTIN", found)
+    plan = heart_plan()
+    study = plan.study.model_copy(update={"model": plan.study.model.model_copy(update={"name": "frozen"})})
+
+    with pytest.raises(
+        TooFewSites, match=r"; site cleveland: model: parameter '0\.bias' is frozen"
+    ) as caught:
+        simulate(replace(plan, study=study))
+
+    assert str(caught.value).endswith("(and 3 more sites)")
+
+
 def test_too_little_memory_is_refused_before_anything_is_trained(study, splits):
     with pytest.raises(ConfigError, match=r"--memory: found '0 MiB.*the model at a") as caught:
         prepare(study, splits, 0, memory=100)

@@ -118,6 +118,14 @@ def test_a_plug_in_is_found_by_its_entry_point(install, make_study):
     assert len(linears(build(make_study(model={"name": "ours"})))) == 1
 
 
+def test_a_plug_in_without_parameters_is_refused(install, make_study):
+    """Before noise for no coordinate is calibrated."""
+    install("lepton_fl.models", ours=ModelSpec(title="nothing", build=lambda *_: nn.Flatten(0)))
+
+    with pytest.raises(ConfigError, match="its model has no parameters to train"):
+        build(make_study(model={"name": "ours"}))
+
+
 def test_a_plug_in_of_another_group_is_no_model(install):
     """A task does not become a model by its name."""
     install("lepton_fl.tasks", ours=PLUGIN)
