@@ -450,6 +450,8 @@ class _Trial:
             found_L = torch.zeros(kept.size, dtype=torch.float64, device=self._device)
             _add_weighted(found_L, factors, (torch.arange(ROWS, device=self._device) == n).double())
             size = float(own_L.norm())
+            if not math.isfinite(size):
+                raise ConfigError("model: at random parameters a record's loss or gradient is not finite")
             off = max(float((found_L.cpu() - own_L).norm()), abs(float(square_M[n]) ** 0.5 - size))
             if not off <= TOLERANCE * size:
                 raise ConfigError(

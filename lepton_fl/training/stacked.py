@@ -323,7 +323,7 @@ def _sites_at_once(stacked: Stacked, parts: Sequence[Part], plan: LocalPlan, mem
 
 
 def check_memory(stacked: Stacked, parts: Sequence[Part], memory: int) -> None:
-    """That each of the sites fits in so many bytes, at least by itself.
+    """That each of the sites fits in so many bytes, at least by itself; they are half of the flag's.
 
     Raises:
         ConfigError: the first by name does not.
@@ -335,8 +335,8 @@ def check_memory(stacked: Stacked, parts: Sequence[Part], memory: int) -> None:
             raise ConfigError.at(
                 "command line",
                 "--memory",
-                found=f"{memory >> 20} MiB for training",
-                allowed=f"at least {_mib(needed)} MiB, for the model at {part.site}",
+                found=f"{memory >> 19} MiB",
+                allowed=f"at least {_mib(2 * needed)} MiB, half of them for the model at {part.site}",
                 fix=f"--memory {_mib(2 * needed)}, or --engine process",
             )
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -732,9 +733,26 @@ class Broken(nn.Module):
         return self.line(x).squeeze(-1)
 
 
+class Nowhere(nn.Module):
+    """What it gives is no number."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.line(x).squeeze(-1) * math.nan
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [(Borrowed, "off by"), (Mixing, "off by"), (InPlace, "in place"), (Broken, "cannot be trained")],
+    [
+        (Borrowed, "off by"),
+        (Mixing, "off by"),
+        (InPlace, "in place"),
+        (Broken, "cannot be trained"),
+        (Nowhere, "not finite"),
+    ],
 )
 def test_a_model_that_no_record_can_be_told_apart_in_is_refused(kind, says):
     """In one line, before anything is trained."""

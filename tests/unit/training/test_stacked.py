@@ -312,7 +312,7 @@ def test_too_little_memory_names_the_flag_and_enough_of_it():
     model, made = mlp(), local()
     stack = Stacked(model, BINARY, features=FEATURES)
     parts = [Part.of("north", records(2000, units=1), SimulationNoise(1, "north"), made)]
-    with pytest.raises(ConfigError, match="--memory: found '1 MiB") as caught:
+    with pytest.raises(ConfigError, match="--memory: found '2 MiB'") as caught:
         check_memory(stack, parts, 1 << 20)
     check_memory(stack, parts, 8 << 20)
 
