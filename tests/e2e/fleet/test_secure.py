@@ -374,6 +374,8 @@ def test_a_run_goes_on_without_a_site_that_is_revoked(tmp_path: Path) -> None:
         assert {row.dropped["e"] for row in rounds if "e" in row.dropped} <= {
             "no answer before the deadline",
             f"is no member of the consortium in roster {len(PARTY) + 1}",
+            # It has heard of the new roster before its connection ended, in a round that began by the last.
+            "OtherRoster in advertise",
         }
 
     once(main, patience=5 * PATIENCE)
